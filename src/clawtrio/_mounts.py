@@ -1,0 +1,85 @@
+"""What a container sees of the host: checked, and held from check to start."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Final
+
+from ._errors import UnsafePathError
+from ._groups import Places
+from ._hostfs import Directory
+from ._models import Group, VolumeMount
+from ._runtimes import HeldMount
+
+WORKSPACE_GROUP: Final = "/workspace/group"
+WORKSPACE_IPC: Final = "/workspace/ipc"
+RUNNER: Final = "/app/src"
+
+_CONTROL: Final = re.compile("[\0-\x1f\x7f-\x9f]")
+
+
+def container_directory() -> Path:
+    """Return the directory with the image's files, in a wheel or in a checkout."""
+    package = Path(__file__).parent
+    shipped = package / "_container"
+    return shipped if shipped.is_dir() else package.parents[1] / "container"
+
+
+@contextmanager
+def hold_mounts(
+    places: Places, group: Group, ipc: Directory, *, takes_runner: bool
+) -> Iterator[tuple[HeldMount, ...]]:
+    """Hold what a run of *group* mounts, until its end.
+
+    Args:
+        places: Where things are.
+        group: Whose run it is.
+        ipc: The group's mailbox.
+        takes_runner: Whether our agent runner is mounted, or what a foreign image's
+            checkout has in its place.
+
+    Raises:
+        UnsafePathError: If a path cannot be told to a runtime without ambiguity.
+    """
+    with ExitStack() as stack:
+        directory = stack.enter_context(places.open_group(group))
+        runner = (
+            container_directory() / "agent_runner"
+            if takes_runner
+            else Path(places.settings.root, "container", "agent-runner", "src")
+        )
+        sources = [
+            (directory, WORKSPACE_GROUP, False),
+            (ipc, WORKSPACE_IPC, False),
+        ]
+        if runner.is_dir():
+            own = stack.enter_context(Directory.at(str(runner)))
+            sources.append((own, RUNNER, True))
+        mounts = []
+        for place, target, readonly in sources:
+            source = place.path
+            check_mountable(source)
+            fd = place.hold()
+            stack.callback(os.close, fd)
+            status = os.fstat(fd)
+            mount = VolumeMount(source, target, readonly)
+            mounts.append(HeldMount(mount, fd, status.st_dev, status.st_ino))
+        yield tuple(mounts)
+
+
+def check_mountable(path: str) -> None:
+    """Refuse a path for which docker and podman would mount another directory.
+
+    Raises:
+        UnsafePathError: If it is not UTF-8 or holds control characters.
+    """
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise UnsafePathError(path, "must be UTF-8 to be mounted") from None
+    if _CONTROL.search(path):
+        raise UnsafePathError(path, "must not hold control characters to be mounted")
