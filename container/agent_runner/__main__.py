@@ -1,0 +1,94 @@
+"""Start an agent inside the container: ``python3 /app/src echo`` or ``-- ARGV...``.
+
+The directory is mounted at /app/src and started as a program; it is not a package, so
+its modules import each other by plain name. To add a backend, write a module with
+``run(session) -> int`` beside ``echo.py`` and enter it in ``BACKENDS``.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from wire import Session
+
+# As a shell has them.
+USAGE = 2
+CANNOT_EXECUTE = 126
+NOT_FOUND = 127
+
+
+def run_echo(session: Session) -> int:
+    """Run the offline backend."""
+    # Here and not above: a backend may need what another one's image does not have.
+    import echo  # noqa: PLC0415
+
+    return echo.run(session)
+
+
+BACKENDS: dict[str, Callable[[Session], int]] = {"echo": run_echo}
+
+
+def main(argv: list[str], *, inbox: Path | None = None) -> int:
+    """Do what *argv* (without the program) asks, and return the exit code.
+
+    Args:
+        argv: ``[backend]``, or ``["--", command, argument, ...]``.
+        inbox: Where follow-ups come as files, if not where the wire says.
+    """
+    if argv[:1] == ["--"] and len(argv) > 1:
+        return run_command(argv[1:])
+    if len(argv) != 1 or argv[0] not in BACKENDS:
+        known = " | ".join([*BACKENDS, "-- COMMAND [ARGUMENT]..."])
+        return complain(f"expected {known}, not {argv}", USAGE)
+    return run_backend(BACKENDS[argv[0]], inbox)
+
+
+def run_command(command: list[str]) -> int:
+    """Become *command*, the user's own agent, which speaks the protocol itself."""
+    # Python ignores these two, and what is ignored stays so in the new program.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    try:
+        os.execvp(command[0], command)  # noqa: S606 - that is the point
+    except FileNotFoundError:
+        return complain(f"{command[0]!r}: command not found", NOT_FOUND)
+    except OSError as exc:
+        return complain(f"{command[0]!r}: {exc.strerror}", CANNOT_EXECUTE)
+
+
+def run_backend(backend: Callable[[Session], int], inbox: Path | None) -> int:
+    """Read the input and run *backend* on it."""
+    import wire  # noqa: PLC0415 - not for a user's own command, which starts faster
+
+    if os.getpid() == 1:
+        # The kernel spares the first process of a container every default action.
+        signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
+        signal.signal(signal.SIGINT, lambda number, _: os._exit(128 + number))
+    else:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        try:
+            session = wire.open_session(wire.take_stdin(), inbox=inbox or wire.INBOX)
+        except wire.InputError as exc:
+            wire.emit(status="error", error=str(exc))
+            return 1
+        return backend(session)
+    except BrokenPipeError:
+        return complain("stdout is closed, so nobody reads the answers", 1)
+
+
+def complain(problem: str, code: int) -> int:
+    """Say what is wrong in one line, and pass the exit *code* on."""
+    print(f"agent_runner: {problem}", file=sys.stderr)  # noqa: T201
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
