@@ -1,0 +1,370 @@
+"""Containers run by Docker or Podman.
+
+One class serves both: how they differ is data, a :class:`Flavour`. A container that is
+gone is what we wanted, so it is never an error.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import math
+import os
+import re
+import resource
+import unicodedata
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import PurePosixPath
+from typing import Final
+
+import trio
+
+from ._errors import NotStartedError, RuntimeUnavailableError, UnsafePathError
+from ._image import (
+    DOCKER,
+    HINT,
+    PODMAN,
+    Answer,
+    EngineInfo,
+    Flavour,
+    ask,
+    tidy,
+)
+from ._process import ClientProcess, client_environment, spawn
+from ._runtimes import (
+    LABEL_ENGINE,
+    LABEL_ROOT,
+    LABEL_RUN,
+    ContainerSpec,
+    FoundContainer,
+    HeldMount,
+)
+
+__all__ = ("DOCKER", "PODMAN", "DockerContainer", "DockerRuntime")
+
+log = logging.getLogger("clawtrio.docker")
+
+LABEL_PROTOCOL: Final = "clawtrio.protocol"
+PROTOCOL: Final = "1"
+
+#: Enough for an agent's tools, below what hosts allow: raising a hard limit fails.
+_OPEN_FILES: Final = 16384
+# No container runs sooner, and each look costs 15 to 30 ms of a processor.
+_FIRST_LOOK: Final = 0.1
+_LOOK_AGAIN: Final = 0.02
+_LOOK_SELDOM: Final = 0.5
+
+_GONE: Final = re.compile(
+    r"no such container|no container with|is not running|only kill running"
+    r"|is already in progress",
+    re.IGNORECASE,
+)
+_NO_IMAGE: Final = re.compile(r"no such image|image not known", re.IGNORECASE)
+_OWN_MESSAGE: Final = re.compile(r"(?:docker|Error|crun|runc): (.*)")
+#: The init's, where the image lacks the program. Catatonit then leaves with 1.
+_INIT_MESSAGE: Final = re.compile(
+    r"(?:\[FATAL tini \(\d+\)\]|ERROR \(catatonit:\d+\):) (.*exec .*)"
+)
+
+
+class DockerRuntime:
+    """Run containers by Docker's command line, or one that is like it.
+
+    Args:
+        flavour: Whose.
+        image: What containers are made of.
+    """
+
+    in_process: Final = False
+
+    def __init__(self, flavour: Flavour, *, image: str) -> None:
+        self._flavour = flavour
+        self._image = image
+        # Until check() knows better: our own image is held more strictly.
+        self._engine = EngineInfo()
+        self.takes_runner = True
+
+    @property
+    def name(self) -> str:
+        return self._flavour.name
+
+    async def check(self) -> None:
+        engine = self._read_info(await self._ask("info", "--format", "{{json .}}"))
+        if not engine.seccomp:
+            problem = "its containers run without a seccomp filter"
+            remedy = "Start the engine with its default seccomp profile."
+            raise self._flavour.unavailable(problem, remedy)
+        argv = ["image", "inspect", "--format", "{{json .Config.Labels}}", self._image]
+        answer = await self._ask(*argv)
+        build = f"Build it: clawtrio image build --runtime {self.name}"
+        if answer.code:
+            if not _NO_IMAGE.search(answer.stderr):
+                raise self._flavour.unavailable(answer.message)
+            raise self._flavour.unavailable(f"there is no image {self._image!r}", build)
+        try:
+            protocol = (json.loads(answer.stdout) or {}).get(LABEL_PROTOCOL)
+        except (ValueError, AttributeError) as exc:
+            raise self._not_understood("image inspect") from exc
+        if protocol not in (None, PROTOCOL):
+            problem = (
+                f"image {self._image!r} has protocol {protocol!r}, not {PROTOCOL!r}"
+            )
+            raise self._flavour.unavailable(problem, build)
+        if not engine.limits:
+            log.warning(
+                "%s: containers' memory and processes are not limited", self.name
+            )
+        self._engine = engine
+        self.takes_runner = protocol is not None
+
+    def argv(self, spec: ContainerSpec) -> list[str]:
+        """Say how the client is called for *spec*.
+
+        Raises:
+            UnsafePathError: If a path is one that the runtimes misread.
+        """
+        flavour, engine = self._flavour, self._engine
+        argv = [self.name, "run", "-i", "--rm", "--init", "--name", spec.name]
+        for name, value in spec.labels.items():
+            argv += ["--label", f"{name}={value}"]
+        argv += ["--user", f"{spec.uid}:{spec.gid}", "--cap-drop", "ALL"]
+        argv += ["--security-opt", "no-new-privileges", "--ipc", "private"]
+        argv += ["--memory", f"{spec.memory}", "--memory-swap", f"{spec.memory}"]
+        # Docker refuses to promise more processors than there are.
+        argv += ["--cpus", f"{min(spec.cpus, engine.processors):g}"]
+        argv += ["--pids-limit", f"{spec.pids}", "--ulimit", "core=0:0"]
+        argv += ["--ulimit", f"nofile={_open_files()}:{_open_files()}"]
+        argv += ["--log-driver", "none", "--network", "none", "--pull", "never"]
+        argv += ["--stop-signal", "SIGTERM", "--workdir", "/workspace/group"]
+        argv += ["--no-healthcheck", *flavour.options]
+        if os.geteuid() != 0:
+            argv += flavour.rootless_options
+        if self.takes_runner:
+            # They count as the agent's memory: half lets it survive a full one.
+            tmpfs = f"{flavour.tmpfs},size={spec.memory // 2},mode="
+            owned = flavour.tmpfs_owned.format(uid=spec.uid, gid=spec.gid)
+            argv += ["--read-only", "--tmpfs", f"/tmp:{tmpfs}1777"]  # noqa: S108
+            argv += ["--tmpfs", f"/home/node:{tmpfs}0700,{owned}"]
+        environment = {**dict.fromkeys(flavour.silenced, ""), **spec.environment}
+        for name, value in environment.items():
+            argv += ["-e", f"{name}={value}"]
+        for held in spec.mounts:
+            source, target = held.mount.host_path, held.mount.container_path
+            _check_path(source)
+            _check_path(target)
+            option = ["type=bind", f"source={source}", f"target={target}"]
+            option += [engine.nonrecursive, *["readonly"][: held.mount.readonly]]
+            line = io.StringIO()
+            csv.writer(line, lineterminator="").writerow(option)
+            argv += ["--mount", line.getvalue()]
+        if self.takes_runner or spec.arguments:
+            argv += ["--entrypoint", "python3", self._image, "/app/src"]
+            return [*argv, *spec.arguments]
+        return [*argv, self._image]
+
+    async def start(self, spec: ContainerSpec) -> DockerContainer:
+        argv = self.argv(spec)
+        process = await spawn(argv, environment=client_environment())
+        return DockerContainer(self._flavour, spec, process)
+
+    async def find(self, labels: Mapping[str, str]) -> Sequence[FoundContainer]:
+        names = sorted({LABEL_ROOT, LABEL_ENGINE, LABEL_RUN, *labels})
+        fields = [".ID", *(f"({self._flavour.label.format(name)})" for name in names)]
+        # An array a line: the value of one label is never taken for another label.
+        template = ",".join(f"{{{{json {field}}}}}" for field in fields)
+        argv = ["ps", "-a", "--no-trunc", "--format", f"[{template}]"]
+        for name, value in labels.items():
+            argv += ["--filter", f"label={name}={value}"]
+        answer = await self._ask(*argv)
+        if answer.code:
+            raise self._flavour.unavailable(answer.message)
+        found = []
+        try:
+            for line in answer.stdout.splitlines():
+                container_id, *values = json.loads(line)
+                theirs = {k: v for k, v in zip(names, values, strict=True) if v}
+                if labels.items() <= theirs.items():
+                    found.append(FoundContainer(container_id, theirs))
+        except (ValueError, TypeError) as exc:
+            raise self._not_understood("ps") from exc
+        return found
+
+    async def remove(self, container_id: str) -> None:
+        answer = await self._ask(*self._flavour.remove, container_id)
+        if answer.code and not _GONE.search(answer.stderr):
+            raise self._flavour.unavailable(answer.message)
+
+    async def _ask(self, *arguments: str) -> Answer:
+        try:
+            return await ask([self.name, *arguments])
+        except NotStartedError as exc:
+            raise self._flavour.unavailable(str(exc), self._flavour.install) from exc
+
+    def _read_info(self, answer: Answer) -> EngineInfo:
+        # An old Docker client tells of its trouble here, with code 0.
+        trouble = re.search(r'"ServerErrors":\["((?:[^"\\]|\\.)*)', answer.stdout)
+        if answer.code or trouble:
+            message = tidy(trouble[1]) if trouble else answer.message
+            raise self._flavour.unavailable(message)
+        try:
+            return self._flavour.read_info(json.loads(answer.stdout))
+        except (ValueError, KeyError, TypeError, AttributeError) as exc:
+            raise self._not_understood("info") from exc
+
+    def _not_understood(self, command: str) -> RuntimeUnavailableError:
+        problem = f"what '{self.name} {command}' answers is not understood"
+        remedy = (
+            "Is it podman under docker's name? Then set CLAWTRIO_RUNTIME to podman."
+        )
+        return self._flavour.unavailable(problem, remedy)
+
+
+class DockerContainer:
+    """A started container, and the client that holds its pipes."""
+
+    def __init__(
+        self, flavour: Flavour, spec: ContainerSpec, process: ClientProcess
+    ) -> None:
+        self._flavour = flavour
+        self._spec = spec
+        self._process = process
+        self._seen: tuple[str, int] | None = None
+        self.stdin: trio.abc.SendStream = process.stdin
+        self.stdout: trio.abc.ReceiveStream = process.stdout
+        self.stderr: trio.abc.ReceiveStream = process.stderr
+
+    async def verify(self) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._look_for, nursery.cancel_scope)
+            await self._process.wait()
+            nursery.cancel_scope.cancel()
+        if self._seen is None:
+            return
+        mounts = self._spec.mounts
+        replaced, unread = await trio.to_thread.run_sync(
+            _compare_mounts, *self._seen, mounts, abandon_on_cancel=True
+        )
+        if unread:
+            log.debug("%s: mounts not compared: %s", self._spec.name, unread)
+        if replaced is not None:
+            problem = "another place was mounted: replaced while the container started"
+            raise UnsafePathError(replaced.mount.host_path, problem)
+
+    async def _look_for(self, done: trio.CancelScope) -> None:
+        """Set what was seen of the container, once it runs."""
+        argv = ["container", "inspect", "--format"]
+        argv += ["{{.Id}} {{.State.Pid}} {{.State.Running}}", self._spec.name]
+        await trio.sleep(_FIRST_LOOK)
+        pause = _LOOK_AGAIN
+        while True:
+            answer = await self._ask(argv)
+            if match := re.match(r"(\w{12,}) (\d+) true$", answer.stdout):
+                self._seen = match[1], int(match[2])
+                done.cancel()
+                return
+            await trio.sleep(pause)
+            pause = min(pause * 1.2, _LOOK_SELDOM)
+
+    async def wait(self) -> int:
+        return await self._process.wait()
+
+    async def stop(self, grace: float) -> None:
+        await self._order("stop", "-t", f"{math.ceil(grace)}")
+
+    async def kill(self) -> None:
+        await self._order("kill")
+
+    async def _order(self, *arguments: str) -> None:
+        """Tell the engine; failing is a warning, since who calls looks after it."""
+        answer = await self._ask([*arguments, self._spec.name])
+        if answer.code and not _GONE.search(answer.stderr):
+            name, order, message = self._spec.name, arguments[0], answer.message
+            log.warning("%s: %s failed: %s", name, order, message)
+
+    async def _ask(self, arguments: list[str]) -> Answer:
+        try:
+            return await ask([self._flavour.name, *arguments])
+        except NotStartedError as exc:
+            return Answer(code=127, stdout="", stderr=str(exc))
+
+    def kill_client(self) -> None:
+        self._process.kill()
+
+    def start_failure(self, exit_code: int, stderr: str) -> str | None:
+        lines = [line for line in stderr.splitlines() if line.strip()]
+        for match in filter(None, map(_INIT_MESSAGE.match, lines)):
+            return tidy(match[1])
+        if exit_code not in {125, 126, 127} or self._seen is not None:
+            return None
+        for match in filter(None, map(_OWN_MESSAGE.match, lines)):
+            return tidy(match[1])
+        # Of an option that it does not know, Docker complains without its name.
+        return tidy(lines[0]) if any(map(HINT.match, lines)) else None
+
+    async def aclose(self) -> None:
+        await self._process.aclose()
+
+
+def _check_path(path: str) -> None:
+    try:
+        path.encode()
+    except UnicodeEncodeError as exc:
+        raise UnsafePathError(path, "must be UTF-8, or another is mounted") from exc
+    if any(unicodedata.category(character) == "Cc" for character in path):
+        problem = "must hold no control characters, or another is mounted"
+        raise UnsafePathError(path, problem)
+
+
+def _open_files() -> int:
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    return _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+
+
+def _compare_mounts(
+    container_id: str, pid: int, mounts: Sequence[HeldMount]
+) -> tuple[HeldMount | None, str]:
+    """Return the first mount of another place, and why some were not compared."""
+    with ExitStack() as stack:
+
+        def reach(name: str, dir_fd: int | None = None, *, flags: int) -> int:
+            fd = os.open(name, flags | os.O_CLOEXEC, dir_fd=dir_fd)
+            stack.callback(os.close, fd)
+            return fd
+
+        def is_same(held: HeldMount) -> bool:
+            place = root
+            for part in PurePosixPath(held.mount.container_path).parts[1:]:
+                place = reach(part, place, flags=os.O_PATH | os.O_NOFOLLOW)
+            status = os.fstat(place)
+            return (status.st_dev, status.st_ino) == (held.device, held.inode)
+
+        unread = ""
+        try:
+            # A descriptor of /proc/PID stays with its process, whoever gets the number
+            # next. Elsewhere, or in a virtual machine, the number is another one's: but
+            # only in this container is anything mounted from a place named by its id.
+            process = reach(f"/proc/{pid}", flags=os.O_PATH)
+            mountinfo = reach("mountinfo", process, flags=os.O_RDONLY)
+            with os.fdopen(mountinfo, "rb", closefd=False) as file:
+                roots = [line.split()[3] for line in file]
+            if not any(container_id.encode() in root for root in roots):
+                return None, "its process is not on this host"
+            root = reach("root", process, flags=os.O_PATH)
+            for held in mounts:
+                try:
+                    same = is_same(held)
+                except PermissionError as exc:
+                    unread = str(exc)
+                    continue
+                except OSError:
+                    same = False
+                if not same:
+                    # Mounts go with the last process: did it live while we looked?
+                    reach("root", process, flags=os.O_PATH)
+                    return held, unread
+        except OSError as exc:
+            return None, str(exc)
+        return None, unread

@@ -1,0 +1,203 @@
+"""What a runtime is: how containers are started, stopped, found and removed.
+
+The engine knows runtimes by :class:`Runtime` and :class:`Container` alone, so a user
+can write one: for a scheduler's client, say, or a remote host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Final, Protocol
+
+import attrs
+import trio
+
+from ._models import VolumeMount
+
+LABEL_ROOT: Final = "clawtrio.root"
+LABEL_ENGINE: Final = "clawtrio.engine"
+LABEL_RUN: Final = "clawtrio.run"
+
+
+@attrs.frozen
+class HeldMount:
+    """A mount whose source was checked, and is held from check to start.
+
+    Attributes:
+        mount: Source and target.
+        fd: An ``O_PATH`` descriptor of the source, open until the run is over.
+        device: ``st_dev`` of the source.
+        inode: ``st_ino`` of the source.
+    """
+
+    mount: VolumeMount
+    fd: int
+    device: int
+    inode: int
+
+
+@attrs.frozen(kw_only=True)
+class ContainerSpec:
+    """One container to start.
+
+    Attributes:
+        name: ``clawtrio-<folder>-<run id>``: unique, at most 128 characters.
+        labels: By which :meth:`Runtime.find` must find it, from the first moment.
+        mounts: What it sees of the host. Nothing else may be visible in it.
+        environment: Its environment; holds no secret of the host.
+        arguments: Arguments for the agent runner, which is mounted at ``/app/src``;
+            empty leaves the start to the image.
+        uid: The user to run as; never 0.
+        gid: The group to run as.
+        memory: Bytes of memory, swap included.
+        cpus: Processors' worth of time.
+        pids: Processes and threads.
+    """
+
+    name: str
+    labels: Mapping[str, str]
+    mounts: tuple[HeldMount, ...]
+    environment: Mapping[str, str]
+    arguments: tuple[str, ...]
+    uid: int
+    gid: int
+    memory: int
+    cpus: float
+    pids: int
+
+
+@attrs.frozen
+class FoundContainer:
+    """A container that exists, running or not.
+
+    Attributes:
+        id: The runtime's own identifier, never reused; not the name.
+        labels: Its ``clawtrio.*`` labels.
+    """
+
+    id: str
+    labels: Mapping[str, str]
+
+
+class Container(Protocol):
+    """A started container, seen through the client process that holds its pipes."""
+
+    @property
+    def stdin(self) -> trio.abc.SendStream:
+        """Where the agent reads. Closing it tells the agent that the host is gone."""
+
+    @property
+    def stdout(self) -> trio.abc.ReceiveStream:
+        """What the agent writes: frames among noise."""
+
+    @property
+    def stderr(self) -> trio.abc.ReceiveStream:
+        """What the agent and the client complain of."""
+
+    async def verify(self) -> None:
+        """Make sure that what was checked is what was mounted, before stdin is used.
+
+        Returns at once where the runtime cannot be tricked, or if the container is
+        gone already. Bounded by the engine.
+
+        Raises:
+            UnsafePathError: If another place was mounted; names the path.
+        """
+
+    async def wait(self) -> int:
+        """Wait until the client has exited; then 0 to 255, 128 + N for signal N."""
+
+    async def stop(self, grace: float) -> None:
+        """Send the agent ``SIGTERM``, and have it killed *grace* seconds later.
+
+        May return before it is gone. Being cancelled must end it within a moment.
+        A container that does not exist (yet) is no error.
+        """
+
+    async def kill(self) -> None:
+        """Have the runtime kill the container. Otherwise like :meth:`stop`."""
+
+    def kill_client(self) -> None:
+        """``SIGKILL`` the client process, if it is still there. Never blocks."""
+
+    def start_failure(self, exit_code: int, stderr: str) -> str | None:
+        """Tell whether the runtime failed before there was an agent.
+
+        Called after the exit, if nothing was written to stdout.
+
+        Args:
+            exit_code: What :meth:`wait` returned.
+            stderr: The last that stderr said.
+
+        Returns:
+            The runtime's own message; None if the agent ran.
+        """
+
+    async def aclose(self) -> None:
+        """Give back pipes and descriptors. The container is not touched."""
+
+
+class Runtime(Protocol):
+    """A way to run containers.
+
+    Every method may be called from several tasks at once, and must end soon when it
+    is cancelled; the engine bounds them all.
+    """
+
+    @property
+    def name(self) -> str:
+        """What errors and logs call it."""
+
+    @property
+    def in_process(self) -> bool:
+        """Whether containers are mere tasks of this process, on its clock.
+
+        The engine then uses no threads: they would make a mock clock jump.
+        """
+
+    @property
+    def takes_runner(self) -> bool:
+        """Whether containers run the agent runner that the engine mounts at /app/src.
+
+        False for an image that has an agent of its own. Known after :meth:`check`.
+        """
+
+    async def check(self) -> None:
+        """Make sure that containers can be run here; awaited as the engine opens.
+
+        Raises:
+            RuntimeUnavailableError: If not; says what to do about it.
+        """
+
+    def argv(self, spec: ContainerSpec) -> Sequence[str]:
+        """Return the command line that :meth:`start` uses, for people to read.
+
+        Raises:
+            UnsafePathError: If a mount cannot be told to this runtime.
+        """
+
+    async def start(self, spec: ContainerSpec) -> Container:
+        """Start a container and return once its client process runs.
+
+        If cancelled, nothing that was begun may be left behind.
+
+        Raises:
+            NotStartedError: If there is no client process.
+            UnsafePathError: If a mount cannot be told to this runtime.
+        """
+
+    async def find(self, labels: Mapping[str, str]) -> Sequence[FoundContainer]:
+        """List the containers, running or not, that carry all of *labels*.
+
+        Raises:
+            RuntimeUnavailableError: If it cannot be told.
+        """
+
+    async def remove(self, container_id: str) -> None:
+        """Kill and remove a container that :meth:`find` listed.
+
+        One that is gone is no error.
+
+        Raises:
+            RuntimeUnavailableError: If it could not be removed.
+        """
