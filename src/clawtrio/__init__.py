@@ -1,0 +1,67 @@
+"""Run AI agents in isolated containers, on Trio.
+
+See :func:`open_engine`.
+"""
+
+# General layout:
+#
+# Modules are private, and follow the way of the data; none imports from further down.
+#
+#   _errors, _models, _settings   what is said: errors, values, the operator's wishes
+#   _text, _codec                 text fit for a terminal; JSON <-> models
+#   _hostfs, _groups              safe files; where everything of a group is
+#   _runtimes                     what a runtime is
+#   _mounts                       a group -> what its container sees, held
+#   _process, _seccomp            client processes; what bwrap's sandbox denies
+#   _bwrap, _image, _docker       the runtimes; building the image
+#   _stdin                        words -> the agent
+#   _markers                      the agent's bytes -> outputs (sans-I/O)
+#   _turns                        outputs -> who owes whom an answer (sans-I/O)
+#   _handover                     outputs -> the caller, one at a time
+#   _runlog                       what is kept of a run
+#   _teardown, _sweep             the stop ladder, the janitor; what the dead left
+#   _run                          the nursery that joins all these
+#   _engine                       what runs share
+#   testing                       fakes, public
+#   _cli                          the command line
+
+from ._engine import Engine as Engine, open_engine as open_engine
+from ._errors import (
+    ClawtrioError as ClawtrioError,
+    FollowUpRefusedError as FollowUpRefusedError,
+    GroupBusyError as GroupBusyError,
+    GroupFolderError as GroupFolderError,
+    NotStartedError as NotStartedError,
+    RunClosedError as RunClosedError,
+    RuntimeUnavailableError as RuntimeUnavailableError,
+    SettingsError as SettingsError,
+    UnsafePathError as UnsafePathError,
+)
+from ._markers import MarkerParser as MarkerParser
+from ._models import (
+    AdditionalMount as AdditionalMount,
+    AgentOutput as AgentOutput,
+    ContainerConfig as ContainerConfig,
+    DroppedFrame as DroppedFrame,
+    Ending as Ending,
+    Group as Group,
+    RunResult as RunResult,
+    VolumeMount as VolumeMount,
+)
+from ._run import Run as Run
+from ._runtimes import (
+    Container as Container,
+    ContainerSpec as ContainerSpec,
+    FoundContainer as FoundContainer,
+    HeldMount as HeldMount,
+    Runtime as Runtime,
+)
+from ._settings import Settings as Settings
+
+# Tracebacks and documentation name the public place.
+for _name, _value in list(globals().items()):
+    if not _name.startswith("_") and getattr(_value, "__module__", "").startswith(
+        f"{__name__}._"
+    ):
+        _value.__module__ = __name__
+del _name, _value

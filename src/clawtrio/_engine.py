@@ -1,0 +1,489 @@
+"""The engine: what runs share, and what is left of them cleaned up."""
+
+from __future__ import annotations
+
+import logging
+import operator
+import secrets
+import shutil
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import ExitStack, asynccontextmanager
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Final, TypeVar
+
+import trio
+from trio_util import AsyncValue
+
+from ._bwrap import BwrapRuntime
+from ._codec import ContainerInput, encode_input
+from ._docker import DockerRuntime
+from ._errors import NotStartedError, RuntimeUnavailableError
+from ._groups import Places, open_places
+from ._hostfs import Directory
+from ._image import FLAVOURS
+from ._models import AgentOutput, Group, RunResult
+from ._mounts import hold_mounts
+from ._run import Run, RunLogger
+from ._runlog import LogEntry, log_name, prune_logs, render_log
+from ._runtimes import LABEL_ENGINE, LABEL_ROOT, LABEL_RUN, ContainerSpec, Runtime
+from ._settings import Settings
+from ._stdin import FileWords, LifelineWords, Words
+from ._sweep import EngineFile, sweep
+from ._teardown import Janitor, Supervised
+from ._turns import Timeouts, Turns
+
+T = TypeVar("T")
+OnOutput = Callable[[AgentOutput], Awaitable[object]]
+
+log = logging.getLogger(__name__)
+
+#: Seconds between two looks at the free space while agents may fill the disk.
+_SPACE_INTERVAL: Final = 5.0
+#: How many files are deleted in one go, well below a second.
+_TRASH_BATCH: Final = 5000
+#: A file system can be full of empty files, too.
+_MIN_FREE_INODES: Final = 1024
+
+
+def choose_runtime(settings: Settings) -> Runtime:
+    """Return the runtime that the settings name.
+
+    ``auto`` is docker or podman, if installed, and bwrap only if neither is: a daemon
+    that is down is an error to mend, and no reason for a weaker sandbox.
+    """
+    name = settings.runtime
+    if name == "auto":
+        name = next((n for n in ("docker", "podman") if shutil.which(n)), "bwrap")
+    if name == "bwrap":
+        return BwrapRuntime()
+    return DockerRuntime(FLAVOURS[name], image=settings.image)
+
+
+async def check_runtime(runtime: Runtime, command_timeout: float) -> None:
+    """Make sure that containers can be run, within *command_timeout* seconds.
+
+    Raises:
+        RuntimeUnavailableError: If not.
+    """
+    with trio.move_on_after(command_timeout) as scope:
+        await runtime.check()
+    if scope.cancelled_caught:
+        problem = f"did not answer within {command_timeout:g} s"
+        remedy = "Restart its daemon, or raise command_timeout."
+        raise RuntimeUnavailableError(runtime.name, problem, remedy)
+
+
+class Engine:
+    """Runs agents in containers. Made by :func:`open_engine`.
+
+    Attributes:
+        settings: What it was opened with.
+        runtime: What runs the containers.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        runtime: Runtime,
+        places: Places,
+        engine_id: str,
+        nursery: trio.Nursery,
+    ) -> None:
+        self.settings = settings
+        self.runtime = runtime
+        self._places = places
+        self._id = engine_id
+        self._nursery = nursery
+        self._runs: AsyncValue[tuple[Run, ...]] = AsyncValue(())
+        self._closing = False
+        self._janitor = Janitor(runtime, engine_id, settings.command_timeout)
+        nursery.start_soon(self._janitor.work)
+        nursery.start_soon(self._watch_space)
+        nursery.start_soon(self._empty_trash)
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """The live runs, the oldest first."""
+        return tuple(self._runs.value)
+
+    @asynccontextmanager
+    async def open_run(
+        self,
+        group: Group,
+        prompt: str,
+        *,
+        chat_jid: str,
+        session_id: str | None = None,
+        is_scheduled_task: bool = False,
+        single_turn: bool = False,
+    ) -> AsyncIterator[Run]:
+        """Run an agent for as long as the block takes; leaving the block stops it.
+
+        An exception of the block comes out as itself, after the container is gone.
+
+        Args:
+            group: Whose agent.
+            prompt: What to ask first.
+            chat_jid: The chat that asks, for the agent to know.
+            session_id: The session to resume; see :attr:`RunResult.new_session_id`.
+            is_scheduled_task: Whether a schedule asks, not a person.
+            single_turn: Finish the run once nothing is unanswered.
+
+        Raises:
+            NotStartedError: If the container could not be started.
+            GroupBusyError: If the group has a live run.
+            UnsafePathError: If a place on the host cannot be trusted.
+            RuntimeError: If the engine is closed.
+        """
+        container_input = ContainerInput(
+            prompt=prompt,
+            session_id=session_id,
+            group_folder=group.folder,
+            chat_jid=chat_jid,
+            is_main=group.is_main,
+            is_scheduled_task=is_scheduled_task or None,
+            assistant_name=self.settings.assistant_name,
+            lifeline=self.settings.stdin == "lifeline",
+        )
+        run = await self._start(group, container_input, single_turn=single_turn)
+        try:
+            yield run
+        finally:
+            run.leave()
+            with trio.CancelScope(shield=True):
+                await run.wait_over()
+
+    async def run(
+        self,
+        group: Group,
+        prompt: str,
+        *,
+        chat_jid: str,
+        on_output: OnOutput | None = None,
+        session_id: str | None = None,
+        is_scheduled_task: bool = False,
+        single_turn: bool = True,
+        task_status: trio.TaskStatus[Run] = trio.TASK_STATUS_IGNORED,
+    ) -> RunResult:
+        """Run an agent to its end, giving *on_output* every output, in order.
+
+        Await it, or ``await nursery.start(partial(engine.run, ...))`` to get the
+        :class:`Run` while it lives. The callback runs in the caller's task, one call at
+        a time; an exception of it comes out as itself, after the container is gone.
+
+        Args:
+            group: Whose agent.
+            prompt: What to ask first.
+            chat_jid: The chat that asks, for the agent to know.
+            on_output: Awaited with each output. Without it, the last text is
+                :attr:`RunResult.result`.
+            session_id: The session to resume.
+            is_scheduled_task: Whether a schedule asks, not a person.
+            single_turn: Finish the run once nothing is unanswered.
+            task_status: Told the run once its client process runs.
+
+        Raises:
+            NotStartedError: If the container could not be started.
+            GroupBusyError: If the group has a live run.
+            UnsafePathError: If a place on the host cannot be trusted.
+            RuntimeError: If the engine is closed.
+        """
+        async with self.open_run(
+            group,
+            prompt,
+            chat_jid=chat_jid,
+            session_id=session_id,
+            is_scheduled_task=is_scheduled_task,
+            single_turn=single_turn,
+        ) as run:
+            task_status.started(run)
+            async for output in run:
+                if on_output is not None:
+                    await on_output(output)
+                elif output.result is not None and not output.partial:
+                    run.last_text = output.result
+        return run.result
+
+    def plan(self, group: Group) -> list[str]:
+        """Return the command line that would start a container of *group*.
+
+        Raises:
+            UnsafePathError: If a place on the host cannot be trusted.
+        """
+        with ExitStack() as stack:
+            return list(self.runtime.argv(self._specify(group, "0" * 12, stack)))
+
+    async def _start(
+        self, group: Group, container_input: ContainerInput, *, single_turn: bool
+    ) -> Run:
+        if self._closing:
+            raise RuntimeError("the engine is closed")
+        run_id = secrets.token_hex(6)
+        logger = RunLogger(log, {"group": group.folder, "run": run_id})
+        started = datetime.now(UTC)
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(self._places.lock_group(group))
+                self._check_space()
+                spec = self._specify(group, run_id, stack)
+                words = self._words(container_input, group, run_id, stack)
+                logs = stack.enter_context(self._places.open_logs(group))
+            except OSError as exc:
+                raise NotStartedError(f"cannot prepare the run: {exc}") from exc
+            run = Run(
+                run_id=run_id,
+                group=group,
+                container_name=spec.name,
+                settings=self.settings,
+                runtime=self.runtime,
+                turns=Turns(
+                    container_input.prompt,
+                    self._timeouts(group),
+                    answers_then_waits=self.settings.stdin == "eof",
+                ),
+                words=words,
+                single_turn=single_turn,
+                log_path=Path(logs.path, log_name(started, run_id)),
+                logger=logger,
+            )
+            entry = LogEntry(
+                started=started,
+                group_name=group.name,
+                is_main=group.is_main,
+                container_name=spec.name,
+                prompt_length=len(container_input.prompt),
+                session_id=container_input.session_id,
+                argv=self.runtime.argv(spec),
+                mounts=[held.mount for held in spec.mounts],
+                input_text=(
+                    encode_input(container_input).decode()
+                    if self.settings.log_text
+                    else None
+                ),
+                stdout=run.captures.stdout if self.settings.log_text else None,
+                stderr=run.captures.stderr,
+            )
+            self._runs.value += (run,)
+            try:
+                container = await run.start(spec)
+            except BaseException:
+                self._forget(run)
+                if not run.gone:
+                    self._look_for(run)
+                raise
+            # No checkpoint between the start and this: the container has an owner.
+            keep = stack.pop_all()
+            supervise = partial(
+                self._supervise, entry=entry, logs=logs, keep=keep, logger=logger
+            )
+            self._nursery.start_soon(supervise, run, Supervised(container))
+        logger.info("%s started by %s", spec.name, self.runtime.name)
+        return run
+
+    async def _supervise(
+        self,
+        run: Run,
+        supervised: Supervised,
+        *,
+        entry: LogEntry,
+        logs: Directory,
+        keep: ExitStack,
+        logger: RunLogger,
+    ) -> None:
+        async def conclude(result: RunResult) -> None:
+            self._look_for(run)
+            await self._offload(partial(self._write_log, entry, result, logs, logger))
+            logger.info("%s, code %s", result.ending.value, result.exit_code)
+            # Whoever sees the result can start the group's next run.
+            keep.close()
+            self._forget(run)
+            self._nursery.start_soon(self._empty_trash)
+
+        with keep:
+            try:
+                await run.supervise(supervised, conclude)
+            finally:
+                # Long done, unless a runtime raised what it may not: then leaving the
+                # engine must not wait for this run.
+                self._forget(run)
+
+    def _write_log(
+        self, entry: LogEntry, result: RunResult, logs: Directory, logger: RunLogger
+    ) -> None:
+        try:
+            logs.write(result.log_path.name, render_log(entry, result), mode=0o600)
+            prune_logs(logs, self.settings.log_retention)
+        except OSError as exc:
+            logger.warning("cannot write the run's log: %s", exc)
+
+    async def _offload(self, fn: Callable[[], T]) -> T:
+        """Call what may take a while in a thread, but under a mock clock here."""
+        if not self.runtime.in_process:
+            return await trio.to_thread.run_sync(fn)
+        return fn()
+
+    def _look_for(self, run: Run) -> None:
+        self._janitor.look_for(run.id, run.container_name, insist=not run.gone)
+
+    def _forget(self, run: Run) -> None:
+        self._runs.value = tuple(live for live in self.runs if live is not run)
+
+    def _timeouts(self, group: Group) -> Timeouts:
+        return Timeouts(
+            answer=group.container_config.timeout or self.settings.answer_timeout,
+            idle=self.settings.idle_timeout,
+            close=self.settings.close_grace,
+        )
+
+    def _specify(self, group: Group, run_id: str, stack: ExitStack) -> ContainerSpec:
+        settings = self.settings
+        places = self._places
+        # Held as a mount from here on: many runs at once need many descriptors.
+        with places.open_ipc(group) as ipc:
+            mounts = stack.enter_context(
+                hold_mounts(places, group, ipc, takes_runner=self.runtime.takes_runner)
+            )
+        arguments: tuple[str, ...] = ()
+        if settings.agent_command is not None:
+            arguments = ("--", *settings.agent_command)
+        elif self.runtime.takes_runner:
+            arguments = (settings.agent,)
+        return ContainerSpec(
+            name=f"clawtrio-{group.folder}-{run_id}",
+            labels={
+                LABEL_ROOT: places.root_id,
+                LABEL_ENGINE: self._id,
+                LABEL_RUN: run_id,
+            },
+            mounts=mounts,
+            environment={
+                "TZ": settings.timezone,
+                "HOME": "/home/node",
+                "LANG": "C.UTF-8",
+                **settings.agent_env,
+            },
+            arguments=arguments,
+            uid=places.owner.uid,
+            gid=places.owner.gid,
+            memory=settings.memory,
+            cpus=settings.cpus,
+            pids=settings.pids,
+        )
+
+    def _words(
+        self,
+        container_input: ContainerInput,
+        group: Group,
+        run_id: str,
+        stack: ExitStack,
+    ) -> Words:
+        line = encode_input(container_input)
+        if container_input.lifeline:
+            return LifelineWords(line)
+        ipc = stack.enter_context(self._places.open_ipc(group))
+        # What an earlier run has not read is not for this one, nor the other way round.
+        ipc.discard("input", self._places.trash)
+        stack.callback(ipc.discard, "input", self._places.trash)
+        directory = stack.enter_context(self._places.open_in_ipc(ipc, "input"))
+        return FileWords(line, directory, run_id)
+
+    def _check_space(self) -> None:
+        free, inodes = self._places.free()
+        if free < self.settings.min_free_bytes:
+            problem = (
+                f"{free} bytes are free on the disk, min_free_bytes asks for "
+                f"{self.settings.min_free_bytes}"
+            )
+            raise NotStartedError(problem)
+        if inodes is not None and inodes < _MIN_FREE_INODES:
+            raise NotStartedError(f"only {inodes} inodes are free on the disk")
+
+    async def _watch_space(self) -> None:
+        """Stop the runs before one of them has filled the disk."""
+        while True:
+            await self._runs.wait_value(bool)
+            try:
+                self._check_space()
+            except NotStartedError as exc:
+                log.error("stopping all runs: %s", exc)  # noqa: TRY400 - no bug
+                for run in self.runs:
+                    run.stop()
+            except OSError as exc:
+                log.warning("cannot tell how much space is free: %s", exc)
+            await trio.sleep(_SPACE_INTERVAL)
+
+    async def _empty_trash(self) -> None:
+        """Delete what was thrown away, a little at a time: an agent chose how much."""
+        work = partial(self._places.empty_trash, _TRASH_BATCH)
+        try:
+            while not await self._offload(work):
+                await trio.lowlevel.checkpoint()
+        except OSError as exc:
+            log.warning("cannot empty %s: %s", self._places.trash.path, exc)
+
+    async def close(self) -> bool:
+        """Stop all runs and see them off; False if a container may be left."""
+        self._closing = True
+        for run in self.runs:
+            run.leave()
+        with trio.CancelScope(shield=True):
+            await self._runs.wait_value(operator.not_)
+        return await self._janitor.finish()
+
+
+@asynccontextmanager
+async def open_engine(
+    settings: Settings | None = None, runtime: Runtime | None = None
+) -> AsyncIterator[Engine]:
+    """Open an engine for as long as the block takes; leaving the block stops all runs.
+
+    An exception of the block comes out as itself. An exception group out of it is a
+    bug in clawtrio.
+
+    Args:
+        settings: By default :meth:`Settings.load`.
+        runtime: By default the one that the settings name.
+
+    Raises:
+        RuntimeUnavailableError: If containers cannot be run here.
+        UnsafePathError: If an agent, or another user, could replace a root.
+        SettingsError: If the settings make no sense.
+    """
+    settings = settings or Settings.load()
+    runtime = runtime or choose_runtime(settings)
+    with open_places(settings) as places:
+        await check_runtime(runtime, settings.command_timeout)
+        await sweep(places, runtime)
+        engine_file = EngineFile(places.engines, runtime.name)
+        clean = True
+        try:
+            async with _open_bare_nursery() as nursery:
+                engine = Engine(
+                    settings, runtime, places, engine_file.engine_id, nursery
+                )
+                try:
+                    yield engine
+                finally:
+                    clean = await engine.close()
+                    nursery.cancel_scope.cancel()
+        finally:
+            engine_file.release(clean=clean)
+
+
+@asynccontextmanager
+async def _open_bare_nursery() -> AsyncIterator[trio.Nursery]:
+    """Open a nursery that does not put an exception of its block into a group."""
+    with trio.CancelScope() as scope:
+        manager = trio.open_nursery()
+        nursery = await manager.__aenter__()
+        try:
+            yield nursery
+        finally:
+            # The nursery is told of no exception, so the block's own passes it by, nor
+            # of a cancellation from outside, which it would put into a group. If a task
+            # has crashed, the group with that is raised here, in place of the
+            # cancellation that the block has got from it.
+            scope.shield = True
+            await manager.__aexit__(None, None, None)  # noqa: ASYNC102
