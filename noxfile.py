@@ -11,7 +11,7 @@ from pathlib import Path
 import nox
 
 nox.needs_version = ">=2025.2.9"
-nox.options.default_venv_backend = "venv"
+nox.options.default_venv_backend = "uv|venv"
 nox.options.sessions = ["lint", "types", "tests"]
 
 PROJECT = nox.project.load_toml("pyproject.toml")
@@ -34,8 +34,9 @@ def lint(session: nox.Session) -> None:
         "flake8",
         # Not 9: that each way through is a checkpoint is for public functions only.
         "--select=ASYNC1,ASYNC2",
-        # 114 wants a list of names; 128 misfires where task_status is passed on.
-        "--extend-ignore=ASYNC114,ASYNC128",
+        # 114 wants a list of names; 124 misfires where a protocol wants an async
+        # function, 128 where task_status is passed on.
+        "--extend-ignore=ASYNC114,ASYNC124,ASYNC128",
         *CODE,
     )
 

@@ -22,7 +22,9 @@ def run(session: wire.Session) -> int:
         for text in firsts:
             wire.emit(text, partial=True)
         wire.emit(last, answers=message.id)
-        wire.emit(new_session_id=session_id, answers=message.id)  # waiting for the next one
+        wire.emit(
+            new_session_id=session_id, answers=message.id
+        )  # waiting for the next one
         message = inbox.get()
     return 0
 

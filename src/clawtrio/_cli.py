@@ -13,7 +13,6 @@ Nothing else imports this, nor cyclopts and rich.
 
 from __future__ import annotations
 
-import io
 import logging
 import sys
 import traceback
@@ -34,11 +33,12 @@ from ._cli_care import RuntimeName, has_data, list_containers, print_logs, sweep
 from ._cli_demo import demo
 from ._cli_doctor import doctor
 from ._cli_runs import STDIN, UsageError, chat, group_of, plan_run, reset, run_prompt
-from ._cli_terminal import Interrupts, complain, note, obeying_signals, write
+from ._cli_terminal import Interrupts, complain, note, obeying_signals, prepare, write
 from ._engine import choose_runtime
 from ._errors import ClawtrioError, GroupFolderError, SettingsError
+from ._flavours import FLAVOURS
 from ._groups import open_places
-from ._image import FLAVOURS, build_image
+from ._image import build_image
 from ._settings import Settings
 from ._text import one_line
 
@@ -195,12 +195,15 @@ async def ps(*, runtime: RuntimeOption = None, common: Common = _COMMON) -> int:
 
 
 @app.command(sort_key=7)
-async def sweep(*, runtime: RuntimeOption = None, common: Common = _COMMON) -> int:
-    """Remove what engines of this root left behind when they died.
-
-    Args:
-        runtime: Look in this one only; by default in each that is installed.
-    """
+async def sweep(
+    *,
+    runtime: Annotated[
+        RuntimeName | None,
+        Parameter(help="Where to look; by default in each one that is installed."),
+    ] = None,
+    common: Common = _COMMON,
+) -> int:
+    """Remove what engines of this root left behind when they died."""
     _silence(common)
     settings = common.settings()
     return await obeying_signals(lambda _: sweep_all(settings, runtime))
@@ -277,10 +280,7 @@ async def build(
 
 def main() -> NoReturn:
     """Do what the command line says, and exit."""
-    for stream in (sys.stdout, sys.stderr):
-        # What a terminal has no character for must not end a run.
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    prepare()
     sys.exit(execute(sys.argv[1:]))
 
 

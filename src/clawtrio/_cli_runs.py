@@ -177,11 +177,11 @@ class Conversation:
                     if lines is not None:
                         nursery.start_soon(self._follow_up, run, lines)
                     async for output in run:
-                        sessions.save(output.new_session_id)
+                        _remember(sessions, output.new_session_id)
                         await self._tell(output)
                     nursery.cancel_scope.cancel()
             interrupts.stop = interrupts.scope.cancel
-            sessions.save(run.result.new_session_id)
+            _remember(sessions, run.result.new_session_id)
         if self._as_json:
             await say_json(result_to_wire(run.result))
         self._conclude(run.result, resumed)
@@ -220,6 +220,14 @@ class Conversation:
             complain(f"{result.error} (log: {result.log_path}{hint})")
         elif not self._finished:
             note(f"the run is over ({result.ending.value}); chat again to resume it")
+
+
+def _remember(sessions: SessionStore, session_id: str | None) -> None:
+    try:
+        sessions.save(session_id)
+    except OSError as exc:
+        # The answers are worth more than that.
+        complain(f"the session cannot be remembered: {exc.strerror}")
 
 
 def result_to_wire(result: RunResult) -> dict[str, Any]:

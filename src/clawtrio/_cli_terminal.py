@@ -9,6 +9,7 @@ stops it. Such a thread may be abandoned at exit, hence descriptors and not
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import select
@@ -27,11 +28,26 @@ from ._text import one_line, printable
 
 _STDIN: Final = 0
 _STDOUT: Final = 1
+_STDERR: Final = 2
 _READ_SIZE: Final = 2**16
 #: Added to a signal's number, as shells do.
 _SIGNALLED: Final = 128
 #: json.dumps leaves this control character alone.
 _DEL: Final = "\x7f"
+
+
+def prepare() -> None:
+    """Make the standard streams fit to be written to, whatever we were started with."""
+    for fd in (_STDIN, _STDOUT, _STDERR):
+        try:
+            os.fstat(fd)
+        except OSError:
+            # Else the next file that we open is in its place, and gets what we say.
+            os.open(os.devnull, os.O_RDWR)
+    for stream in (sys.stdout, sys.stderr):
+        # What a terminal has no character for must not end a run.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def write(text: str) -> None:
@@ -60,8 +76,8 @@ def show(rows: Iterable[tuple[str | Text, ...]], *, header: tuple[str, ...]) -> 
     """Write a table to stdout; in a pipe it has plain, whole lines."""
     table = Table(*header, box=None, pad_edge=False, header_style="bold")
     for row in rows:
-        table.add_row(*(Text(printable(c)) if isinstance(c, str) else c for c in row))
-    is_terminal = sys.stdout.isatty()
+        table.add_row(*(Text(one_line(c)) if isinstance(c, str) else c for c in row))
+    is_terminal = os.isatty(_STDOUT)
     console = Console(
         force_terminal=is_terminal, width=None if is_terminal else 2**12, markup=False
     )

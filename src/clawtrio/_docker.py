@@ -14,7 +14,6 @@ import math
 import os
 import re
 import resource
-import unicodedata
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import PurePosixPath
@@ -23,16 +22,8 @@ from typing import Final
 import trio
 
 from ._errors import NotStartedError, RuntimeUnavailableError, UnsafePathError
-from ._image import (
-    DOCKER,
-    HINT,
-    PODMAN,
-    Answer,
-    EngineInfo,
-    Flavour,
-    ask,
-    tidy,
-)
+from ._flavours import HINT, Answer, EngineInfo, Flavour, ask, tidy
+from ._mounts import check_mountable
 from ._process import ClientProcess, client_environment, spawn
 from ._runtimes import (
     LABEL_ENGINE,
@@ -42,8 +33,6 @@ from ._runtimes import (
     FoundContainer,
     HeldMount,
 )
-
-__all__ = ("DOCKER", "PODMAN", "DockerContainer", "DockerRuntime")
 
 log = logging.getLogger("clawtrio.docker")
 
@@ -153,8 +142,8 @@ class DockerRuntime:
             argv += ["-e", f"{name}={value}"]
         for held in spec.mounts:
             source, target = held.mount.host_path, held.mount.container_path
-            _check_path(source)
-            _check_path(target)
+            check_mountable(source)
+            check_mountable(target)
             option = ["type=bind", f"source={source}", f"target={target}"]
             option += [engine.nonrecursive, *["readonly"][: held.mount.readonly]]
             line = io.StringIO()
@@ -306,16 +295,6 @@ class DockerContainer:
 
     async def aclose(self) -> None:
         await self._process.aclose()
-
-
-def _check_path(path: str) -> None:
-    try:
-        path.encode()
-    except UnicodeEncodeError as exc:
-        raise UnsafePathError(path, "must be UTF-8, or another is mounted") from exc
-    if any(unicodedata.category(character) == "Cc" for character in path):
-        problem = "must hold no control characters, or another is mounted"
-        raise UnsafePathError(path, problem)
 
 
 def _open_files() -> int:

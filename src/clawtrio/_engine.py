@@ -20,9 +20,9 @@ from ._bwrap import BwrapRuntime
 from ._codec import ContainerInput, encode_input
 from ._docker import DockerRuntime
 from ._errors import NotStartedError, RuntimeUnavailableError
+from ._flavours import FLAVOURS
 from ._groups import Places, open_places
 from ._hostfs import Directory
-from ._image import FLAVOURS
 from ._models import AgentOutput, Group, RunResult
 from ._mounts import hold_mounts
 from ._run import Run, RunLogger
@@ -340,16 +340,17 @@ class Engine:
     def _specify(self, group: Group, run_id: str, stack: ExitStack) -> ContainerSpec:
         settings = self.settings
         places = self._places
-        # Held as a mount from here on: many runs at once need many descriptors.
-        with places.open_ipc(group) as ipc:
-            mounts = stack.enter_context(
-                hold_mounts(places, group, ipc, takes_runner=self.runtime.takes_runner)
-            )
         arguments: tuple[str, ...] = ()
         if settings.agent_command is not None:
+            # A foreign image starts that by our runner, too.
             arguments = ("--", *settings.agent_command)
         elif self.runtime.takes_runner:
             arguments = (settings.agent,)
+        # Held as a mount from here on: many runs at once need many descriptors.
+        with places.open_ipc(group) as ipc:
+            mounts = stack.enter_context(
+                hold_mounts(places, group, ipc, own_runner=bool(arguments))
+            )
         return ContainerSpec(
             name=f"clawtrio-{group.folder}-{run_id}",
             labels={
@@ -385,9 +386,16 @@ class Engine:
         ipc = stack.enter_context(self._places.open_ipc(group))
         # What an earlier run has not read is not for this one, nor the other way round.
         ipc.discard("input", self._places.trash)
-        stack.callback(ipc.discard, "input", self._places.trash)
+        stack.callback(self._clear_input, ipc)
         directory = stack.enter_context(self._places.open_in_ipc(ipc, "input"))
-        return FileWords(line, directory, run_id)
+        return FileWords(line, directory, run_id, self._places.owner)
+
+    def _clear_input(self, ipc: Directory) -> None:
+        try:
+            ipc.discard("input", self._places.trash)
+        except OSError as exc:
+            # An agent of our own uid can forbid it; the next start tries again.
+            log.warning("cannot clear %s/input: %s", ipc.path, exc)
 
     def _check_space(self) -> None:
         free, inodes = self._places.free()
@@ -418,7 +426,7 @@ class Engine:
         """Delete what was thrown away, a little at a time: an agent chose how much."""
         work = partial(self._places.empty_trash, _TRASH_BATCH)
         try:
-            while not await self._offload(work):
+            while not await self._offload(work):  # noqa: ASYNC110 - it is work, no wait
                 await trio.lowlevel.checkpoint()
         except OSError as exc:
             log.warning("cannot empty %s: %s", self._places.trash.path, exc)
@@ -455,7 +463,11 @@ async def open_engine(
     runtime = runtime or choose_runtime(settings)
     with open_places(settings) as places:
         await check_runtime(runtime, settings.command_timeout)
-        await sweep(places, runtime)
+        try:
+            await sweep(places, runtime)
+        except RuntimeUnavailableError as exc:
+            # What is left waits for the next sweep; the groups do not.
+            log.warning("cannot sweep: %s", exc)
         engine_file = EngineFile(places.engines, runtime.name)
         clean = True
         try:
@@ -466,7 +478,7 @@ async def open_engine(
                 try:
                     yield engine
                 finally:
-                    clean = await engine.close()
+                    clean = await engine.close()  # noqa: ASYNC102 - shields itself
                     nursery.cancel_scope.cancel()
         finally:
             engine_file.release(clean=clean)

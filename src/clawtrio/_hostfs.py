@@ -128,7 +128,7 @@ class Directory:
         return os.open(".", flags, dir_fd=self._fd)
 
     def names(self, limit: int | None = MAX_ENTRIES) -> list[str]:
-        """List the first *limit* names, sorted; None lists all, where we alone write."""
+        """List the first *limit* names, sorted; None lists all, for our own places."""
         with os.scandir(self._fd) as entries:
             return sorted(entry.name for entry in islice(entries, limit))
 
@@ -228,7 +228,7 @@ class Directory:
         fd = os.open(name, flags, dir_fd=self._fd)
         try:
             # fchmod() takes no O_PATH descriptor.
-            os.chmod(f"/proc/self/fd/{fd}", 0o700)
+            Path(f"/proc/self/fd/{fd}").chmod(0o700)
         finally:
             os.close(fd)
 

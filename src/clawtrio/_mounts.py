@@ -31,7 +31,7 @@ def container_directory() -> Path:
 
 @contextmanager
 def hold_mounts(
-    places: Places, group: Group, ipc: Directory, *, takes_runner: bool
+    places: Places, group: Group, ipc: Directory, *, own_runner: bool
 ) -> Iterator[tuple[HeldMount, ...]]:
     """Hold what a run of *group* mounts, until its end.
 
@@ -39,7 +39,7 @@ def hold_mounts(
         places: Where things are.
         group: Whose run it is.
         ipc: The group's mailbox.
-        takes_runner: Whether our agent runner is mounted, or what a foreign image's
+        own_runner: Whether our agent runner is mounted, or what a foreign image's
             checkout has in its place.
 
     Raises:
@@ -49,7 +49,7 @@ def hold_mounts(
         directory = stack.enter_context(places.open_group(group))
         runner = (
             container_directory() / "agent_runner"
-            if takes_runner
+            if own_runner
             else Path(places.settings.root, "container", "agent-runner", "src")
         )
         sources = [

@@ -57,11 +57,6 @@ def client_environment() -> dict[str, str]:
     }
 
 
-async def kill_now(process: trio.Process) -> None:
-    """Send ``SIGKILL`` without asking first: a ``deliver_cancel``."""
-    process.kill()
-
-
 class ClientProcess:
     """A running process with pipes to its stdin, stdout and stderr.
 
@@ -106,6 +101,7 @@ class ClientProcess:
     async def aclose(self) -> None:
         """Close the pipes and what :meth:`wait` needed."""
         if self._exit_fd is not None:
+            trio.lowlevel.notify_closing(self._exit_fd)
             os.close(self._exit_fd)
             self._exit_fd = None
         for stream in (self.stdin, self.stdout, self.stderr):

@@ -235,11 +235,10 @@ class Run:
         if self._over.is_set():
             await trio.lowlevel.checkpoint()
             raise StopAsyncIteration
-        try:
+        with suppress(trio.EndOfChannel):
             return await self._handover.take()
-        except trio.EndOfChannel:
-            await self._over.wait()
-            raise StopAsyncIteration from None
+        await self._over.wait()
+        raise StopAsyncIteration
 
     # From here on, what only the engine and the run's own tasks call.
 
@@ -322,18 +321,16 @@ class Run:
         finally:
             if supervised.exit_code is None:
                 self._logger.info("stopping %s", self.container_name)
-                self.gone = await bring_down(
+                self.gone = await bring_down(  # noqa: ASYNC102 - shields itself
                     supervised, self._runtime, self.id, self._settings, self._logger
                 )
 
     def _lose_patience(self) -> None:
-        match self._turns.patience()[1]:
-            case Then.FINISH:
-                self.finish()
-            case Then.IDLE:
-                self._end(Ending.IDLE)
-            case Then.TIME_OUT:
-                self._end(Ending.TIMED_OUT)
+        then = self._turns.patience()[1]
+        if then is Then.FINISH:
+            self.finish()
+        else:
+            self._end(Ending.IDLE if then is Then.IDLE else Ending.TIMED_OUT)
 
     async def _converse(self, supervised: Supervised) -> None:
         """Write to the agent, once it is known to see only what it may see."""
@@ -427,9 +424,10 @@ class Run:
         if self._cause is Ending.NOT_STARTED:
             return self._cause, self._problem
         said = self._last_stderr.decode(errors="replace")
-        silent = code is not None and not self.captures.stdout.total
-        if silent and (message := supervised.container.start_failure(code, said)):
-            return Ending.NOT_STARTED, message
+        if code is not None and not self.captures.stdout.total:
+            message = supervised.container.start_failure(code, said)
+            if message is not None:
+                return Ending.NOT_STARTED, message
         if self._cause is not None:
             return self._cause, None
         if code == 0:

@@ -43,11 +43,6 @@ class Capture:
         tail = bytes(self._tail[max(0, len(self._tail) - self._tail_room) :])
         return bytes(self._head), self.total - len(self._head) - len(tail), tail
 
-    def last(self, size: int) -> bytes:
-        """Return the last *size* bytes, as far as they were kept."""
-        head, missing, tail = self.kept()
-        return (tail if missing else head + tail)[-size:]
-
     def text(self) -> str:
         """Return what was kept, fit for a terminal, and say where bytes are missing."""
         head, missing, tail = self.kept()

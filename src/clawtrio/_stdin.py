@@ -15,7 +15,7 @@ import trio
 
 from ._codec import CLOSE, encode_message
 from ._errors import FollowUpRefusedError
-from ._hostfs import Directory
+from ._hostfs import Directory, Owner
 
 log = logging.getLogger(__name__)
 
@@ -117,12 +117,20 @@ class FileWords:
         input_json: The input.
         directory: ``ipc/input``.
         run_id: Goes into the names of the files.
+        owner: Whom they belong to.
     """
 
-    def __init__(self, input_json: bytes, directory: Directory, run_id: str) -> None:
+    def __init__(
+        self,
+        input_json: bytes,
+        directory: Directory,
+        run_id: str,
+        owner: Owner | None = None,
+    ) -> None:
         self._input = input_json
         self._directory = directory
         self._run_id = run_id
+        self._owner = owner
         self._begun = False
         self._written: dict[int, int] = {}
 
@@ -137,14 +145,15 @@ class FileWords:
             self.unread()
         _check_room(sum(self._written.values()), len(data))
         try:
-            self._directory.write(self._name(message_id), data)
+            name = self._name(message_id)
+            self._directory.write(name, data, owner=self._owner)
         except OSError as exc:
             raise FollowUpRefusedError(f"cannot write it for the agent: {exc}") from exc
         self._written[message_id] = len(data)
 
     def finish(self) -> None:
         """See :meth:`Words.finish`."""
-        self._directory.write(CLOSE_FILE, b"")
+        self._directory.write(CLOSE_FILE, b"", owner=self._owner)
 
     def unread(self) -> frozenset[int]:
         """See :meth:`Words.unread`."""

@@ -9,11 +9,20 @@ from __future__ import annotations
 
 import logging
 import secrets
+from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
+from functools import partial
+from typing import TypeVar
 
+import trio
+
+from ._errors import RuntimeUnavailableError
 from ._groups import Places
 from ._hostfs import Directory
 from ._runtimes import LABEL_ENGINE, LABEL_ROOT, FoundContainer, Runtime
+from ._text import one_line
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -49,10 +58,12 @@ async def sweep(places: Places, runtime: Runtime) -> list[FoundContainer]:
         What was removed.
 
     Raises:
-        RuntimeUnavailableError: If the runtime cannot be asked.
+        RuntimeUnavailableError: If the runtime cannot be asked, or not soon; or could
+            not remove something, after the rest was tried. The next sweep finds that.
     """
     engines = places.engines
     removed = []
+    failure: RuntimeUnavailableError | None = None
     with ExitStack() as locks:
         # Containers of another runtime are for a sweep of that one to find.
         dead = {
@@ -61,14 +72,36 @@ async def sweep(places: Places, runtime: Runtime) -> list[FoundContainer]:
             if engines.read(engine_id) == runtime.name.encode()
             and _take_over(engines, engine_id, locks)
         }
-        for container in await runtime.find({LABEL_ROOT: places.root_id}):
-            if container.labels.get(LABEL_ENGINE) in dead:
-                await runtime.remove(container.id)
-                log.warning("removed %s, left by a dead engine", container.id)
+        kept: set[str] = set()
+        ask = partial(_ask, runtime, places.settings.command_timeout)
+        for container in await ask(partial(runtime.find, {LABEL_ROOT: places.root_id})):
+            engine_id = container.labels.get(LABEL_ENGINE, "")
+            if engine_id not in dead:
+                continue
+            try:
+                await ask(partial(runtime.remove, container.id))
+            except RuntimeUnavailableError as exc:
+                failure = failure or exc
+                kept.add(engine_id)
+            else:
+                name = one_line(container.id)
+                log.warning("removed %s, left by a dead engine", name)
                 removed.append(container)
-        for engine_id in dead:
+        for engine_id in dead - kept:
             engines.remove(engine_id)
+    if failure is not None:
+        raise failure
     return removed
+
+
+async def _ask(
+    runtime: Runtime, seconds: float, method: Callable[[], Awaitable[T]]
+) -> T:
+    with trio.move_on_after(seconds):
+        return await method()
+    problem = f"did not answer within {seconds:g} s"
+    remedy = "Restart its daemon, or raise command_timeout."
+    raise RuntimeUnavailableError(runtime.name, problem, remedy)
 
 
 def _take_over(engines: Directory, engine_id: str, locks: ExitStack) -> bool:

@@ -75,21 +75,24 @@ async def bring_down(
         ("kill", container.kill, patience),
         ("remove", remove, patience),
     )
-    with trio.move_on_after(settings.stop_grace + 3 * patience, shield=True):
-        # An agent that listens has seen the end of its lifeline before the signal.
-        await trio.aclose_forcefully(container.stdin)
-        for name, act, seconds in rungs:
-            with trio.move_on_after(seconds) as scope:
-                await wait_any(supervised.wait, partial(_attempt, name, act, logger))
-            if supervised.exit_code is not None:
-                break
-            how = "hangs" if scope.cancelled_caught else "was not enough"
-            logger.warning("%s %s", name, how)
-        if supervised.exit_code is None:
-            container.kill_client()
-        gone = await _look_until_gone(runtime, run_id, logger)
-    # Last, for the case that there was no time left; the client is always ours.
-    container.kill_client()
+    try:
+        with trio.move_on_after(settings.stop_grace + 3 * patience, shield=True):
+            # An agent that listens sees the end of its lifeline before the signal.
+            await trio.aclose_forcefully(container.stdin)
+            for name, act, seconds in rungs:
+                attempt = partial(_attempt, name, act, logger)
+                with trio.move_on_after(seconds) as scope:
+                    await wait_any(supervised.wait, attempt)
+                if supervised.exit_code is not None:
+                    break
+                how = "hangs" if scope.cancelled_caught else "was not enough"
+                logger.warning("%s %s", name, how)
+            if supervised.exit_code is None:
+                container.kill_client()
+            gone = await _look_until_gone(runtime, run_id, logger)
+    finally:
+        # Where there was no time left, or a runtime has a bug: the client is ours.
+        container.kill_client()
     with trio.move_on_after(_SETTLE, shield=True):
         await supervised.wait()
     return gone

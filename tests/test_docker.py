@@ -1,0 +1,209 @@
+"""How the clients of Docker and Podman are called, and how mounts are compared."""
+
+from __future__ import annotations
+
+import csv
+import os
+import resource
+from pathlib import Path
+
+import attrs
+import pytest
+
+from clawtrio._docker import DockerRuntime, _compare_mounts
+from clawtrio._errors import UnsafePathError
+from clawtrio._flavours import DOCKER, PODMAN, Flavour
+from clawtrio._models import VolumeMount
+from clawtrio._runtimes import (
+    LABEL_ROOT,
+    LABEL_RUN,
+    ContainerSpec,
+    HeldMount,
+    Runtime,
+)
+
+SPEC = ContainerSpec(
+    name="clawtrio-main-1",
+    labels={LABEL_ROOT: "r", LABEL_RUN: "1"},
+    mounts=(),
+    environment={"HOME": "/home/node", "EMPTY": ""},
+    arguments=("echo", "--x"),
+    uid=1000,
+    gid=1001,
+    memory=2**31,
+    cpus=1.5,
+    pids=512,
+)
+
+both = pytest.mark.parametrize("flavour", [DOCKER, PODMAN], ids=lambda f: f.name)
+
+
+def mount(source: str, target: str = "/x", *, readonly: bool = False) -> HeldMount:
+    return HeldMount(VolumeMount(source, target, readonly), -1, 0, 0)
+
+
+def options(argv: list[str], name: str) -> list[str]:
+    """Return the values of an option."""
+    return [argv[i + 1] for i, word in enumerate(argv) if word == name]
+
+
+@both
+def test_is_a_runtime(flavour: Flavour) -> None:
+    """It is what the engine takes for one."""
+    runtime: Runtime = DockerRuntime(flavour, image="x")
+
+    assert runtime.name == flavour.name
+    assert not runtime.in_process
+    assert runtime.takes_runner
+
+
+def test_docker_argv() -> None:
+    """The whole command, as Docker gets it."""
+    spec = attrs.evolve(
+        SPEC, mounts=(mount("/a,b", readonly=True), mount('/c"d', "/y"))
+    )
+    files = options(DockerRuntime(DOCKER, image="image:1").argv(spec), "--ulimit")[1]
+
+    argv = DockerRuntime(DOCKER, image="image:1").argv(spec)
+
+    proxies = ("HTTP_PROXY", "HTTPS_PROXY", "FTP_PROXY", "ALL_PROXY", "NO_PROXY")
+    silenced = [*proxies, *(name.lower() for name in proxies)]
+    assert argv == [
+        *("docker", "run", "-i", "--rm", "--init", "--name", "clawtrio-main-1"),
+        *("--label", "clawtrio.root=r", "--label", "clawtrio.run=1"),
+        *("--user", "1000:1001", "--cap-drop", "ALL"),
+        *("--security-opt", "no-new-privileges", "--ipc", "private"),
+        *("--memory", "2147483648", "--memory-swap", "2147483648", "--cpus", "1.5"),
+        *("--pids-limit", "512", "--ulimit", "core=0:0", "--ulimit", files),
+        *("--log-driver", "none", "--network", "none", "--pull", "never"),
+        *("--stop-signal", "SIGTERM", "--workdir", "/workspace/group"),
+        *("--no-healthcheck", "--read-only", "--tmpfs"),
+        "/tmp:rw,nosuid,nodev,exec,size=1073741824,mode=1777",
+        "--tmpfs",
+        "/home/node:rw,nosuid,nodev,exec,size=1073741824,mode=0700,uid=1000,gid=1001",
+        *(word for name in silenced for word in ("-e", f"{name}=")),
+        *("-e", "HOME=/home/node", "-e", "EMPTY="),
+        "--mount",
+        'type=bind,"source=/a,b",target=/x,bind-nonrecursive=true,readonly',
+        *("--mount", 'type=bind,"source=/c""d",target=/y,bind-nonrecursive=true'),
+        *("--entrypoint", "python3", "image:1", "/app/src", "echo", "--x"),
+    ]
+
+
+def test_podman_argv(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Podman gets instead, and what it gets in addition from an ordinary user."""
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    docker = DockerRuntime(DOCKER, image="x").argv(SPEC)
+    podman = DockerRuntime(PODMAN, image="x").argv(SPEC)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    rootless = DockerRuntime(PODMAN, image="x").argv(SPEC)
+
+    assert set(podman) - set(docker) == {
+        "podman",
+        "--http-proxy=false",
+        "--read-only-tmpfs=false",
+        "--detach-keys=",
+        "/tmp:rw,nosuid,nodev,exec,notmpcopyup,size=1073741824,mode=1777",
+        "/home/node:rw,nosuid,nodev,exec,notmpcopyup,size=1073741824,mode=0700,U",
+    }
+    assert options(podman, "-e") == ["HOME=/home/node", "EMPTY="]
+    assert [word for word in rootless if word not in podman] == ["--userns=keep-id"]
+    assert DockerRuntime(DOCKER, image="x").argv(SPEC) == docker
+
+
+@both
+def test_foreign_image_argv(flavour: Flavour) -> None:
+    """It is run as it is; with our entry only if there is something to tell it."""
+    runtime = DockerRuntime(flavour, image="foreign")
+    runtime.takes_runner = False
+
+    bare = runtime.argv(attrs.evolve(SPEC, arguments=()))
+    told = runtime.argv(SPEC)
+
+    for argv in (bare, told):
+        assert not {"--read-only", "--tmpfs"} & set(argv)
+    assert bare[-1] == "foreign"
+    assert "--entrypoint" not in bare
+    assert told[len(bare) - 1 :] == [
+        *("--entrypoint", "python3", "foreign", "/app/src", "echo", "--x"),
+    ]
+
+
+@pytest.mark.parametrize("name", ["a,b", '"', 'a","b', "a:b", " a ", "a=b", "'", "é"])
+def test_mount_names(name: str) -> None:
+    """Whatever is in a path, it is one field of the option."""
+    spec = attrs.evolve(SPEC, mounts=(mount(f"/{name}", f"/t/{name}"),))
+
+    (option,) = options(DockerRuntime(DOCKER, image="x").argv(spec), "--mount")
+
+    assert next(csv.reader([option])) == [
+        "type=bind",
+        f"source=/{name}",
+        f"target=/t/{name}",
+        "bind-nonrecursive=true",
+    ]
+
+
+@both
+@pytest.mark.parametrize(
+    "path", ["/a\nb", "/a\r", "/\x7f", "/\x85", "/\x00", "/\udcff"]
+)
+def test_misread_paths(flavour: Flavour, path: str) -> None:
+    """Paths that the runtimes misread are refused, outside as inside."""
+    runtime = DockerRuntime(flavour, image="x")
+    for held in (mount(path), mount("/x", path)):
+        with pytest.raises(UnsafePathError) as caught:
+            runtime.argv(attrs.evolve(SPEC, mounts=(held,)))
+        assert caught.value.path == path
+
+
+@pytest.mark.parametrize(
+    ("hard", "expected"), [(1024, 1024), (resource.RLIM_INFINITY, 16384)]
+)
+def test_open_files(hard: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more open files are asked for than we may have."""
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (hard, hard))
+
+    argv = DockerRuntime(PODMAN, image="x").argv(SPEC)
+
+    assert options(argv, "--ulimit") == ["core=0:0", f"nofile={expected}:{expected}"]
+
+
+def test_unreadable_mounts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mount that may not be reached is left out; the others are still compared."""
+    # Of our own process, any mount's root will do for the id.
+    line = Path("/proc/self/mountinfo").read_text().splitlines()[0]
+    root = line.split()[3]
+    status = tmp_path.stat()
+    good = HeldMount(
+        VolumeMount("/good", str(tmp_path), readonly=True),
+        -1,
+        status.st_dev,
+        status.st_ino,
+    )
+    really_open = os.open
+
+    def refuse(name: str, flags: int, *, dir_fd: int | None = None) -> int:
+        if name == "forbidden":
+            raise PermissionError(13, "Permission denied")
+        return really_open(name, flags, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "open", refuse)
+    mounts = [mount("/bad", "/forbidden"), good]
+    before = len([*Path("/proc/self/fd").iterdir()])
+
+    replaced, why = _compare_mounts(root, os.getpid(), mounts)
+    assert (replaced, why) == (None, "[Errno 13] Permission denied")
+    wrong = attrs.evolve(good, inode=good.inode + 1)
+    replaced, _ = _compare_mounts(root, os.getpid(), [*mounts, wrong])
+    assert replaced == wrong
+    assert len([*Path("/proc/self/fd").iterdir()]) == before
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="owns nothing that it may not read")
+def test_unreadable_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that may not be looked into is no error."""
+    replaced, why = _compare_mounts("0" * 64, 2**22 + 1, [mount("/x")])
+
+    assert replaced is None
+    assert "No such file" in why

@@ -1,0 +1,302 @@
+"""What engines that died have left behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from clawtrio import (
+    Container,
+    ContainerSpec,
+    FoundContainer,
+    RuntimeUnavailableError,
+    Settings,
+)
+from clawtrio._groups import Places, open_places
+from clawtrio._hostfs import Directory
+from clawtrio._sweep import EngineFile, sweep
+
+from .helpers import open_descriptors
+
+
+class Shelf:
+    """A runtime with containers that nobody has started."""
+
+    in_process = True
+    takes_runner = True
+
+    def __init__(self, name: str = "docker") -> None:
+        self.name = name
+        self.containers: dict[str, dict[str, str]] = {}
+        self.stuck: set[str] = set()
+        self.slowness = 0.0
+
+    def put(self, container_id: str, **labels: str) -> None:
+        """Have a container, labelled clawtrio.<name>."""
+        self.containers[container_id] = {
+            f"clawtrio.{name}": value for name, value in labels.items()
+        }
+
+    async def check(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    def argv(self, spec: ContainerSpec) -> Sequence[str]:
+        return (spec.name,)
+
+    async def start(self, spec: ContainerSpec) -> Container:
+        raise NotImplementedError(spec)
+
+    async def find(self, labels: Mapping[str, str]) -> Sequence[FoundContainer]:
+        await trio.sleep(self.slowness)
+        return [
+            FoundContainer(container_id, has)
+            for container_id, has in self.containers.items()
+            if labels.items() <= has.items()
+        ]
+
+    async def remove(self, container_id: str) -> None:
+        await trio.sleep(self.slowness / 2)
+        if container_id in self.stuck:
+            raise RuntimeUnavailableError(self.name, "it is stuck", "Pull.")
+        del self.containers[container_id]
+
+
+@pytest.fixture(autouse=True)
+def no_leaks() -> Iterator[None]:
+    """Count descriptors: none may be left, whatever happened."""
+    before = open_descriptors()
+    yield
+    assert open_descriptors() == before
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> Iterator[Places]:
+    """Hold the places of a root."""
+    with open_places(Settings(root=str(tmp_path))) as places:
+        yield places
+
+
+def dead_engine(places: Places, runtime: str = "docker") -> str:
+    """Leave the file of an engine that was killed."""
+    engine = EngineFile(places.engines, runtime)
+    engine.release(clean=False)
+    return engine.engine_id
+
+
+async def test_what_a_dead_engine_left_is_removed(places: Places) -> None:
+    """Its containers and then its file go, and are told."""
+    runtime = Shelf()
+    dead = dead_engine(places)
+    runtime.put("a", root=places.root_id, engine=dead, run="1")
+    runtime.put("b", root=places.root_id, engine=dead, run="2")
+
+    removed = await sweep(places, runtime)
+
+    assert {container.id for container in removed} == {"a", "b"}
+    assert runtime.containers == {}
+    assert places.engines.names() == []
+
+
+async def test_a_live_engine_s_are_left_alone(places: Places) -> None:
+    """An engine that holds its file lives, here or in another process."""
+    runtime = Shelf()
+    alive = EngineFile(places.engines, "docker")
+    runtime.put("a", root=places.root_id, engine=alive.engine_id, run="1")
+
+    assert await sweep(places, runtime) == []
+    assert places.engines.names() == [alive.engine_id]
+    alive.release(clean=True)
+    assert places.engines.names() == []
+    assert await sweep(places, runtime) == []
+    assert runtime.containers.keys() == {"a"}
+
+
+async def test_another_root_s_are_left_alone(places: Places) -> None:
+    """Neither another root's nor anybody's container is ours, whatever it claims."""
+    runtime = Shelf()
+    dead = dead_engine(places)
+    runtime.put("other root", root="f" * 32, engine=dead, run="1")
+    runtime.put("no root", engine=dead)
+    runtime.put("no engine", root=places.root_id)
+    runtime.put("unknown engine", root=places.root_id, engine="e" * 32)
+    runtime.put("foreign")
+
+    assert await sweep(places, runtime) == []
+    assert len(runtime.containers) == 5
+
+
+async def test_another_runtime_s_are_left_for_its_own_sweep(places: Places) -> None:
+    """The file of an engine that used podman is there for podman's sweep."""
+    dead = dead_engine(places, "podman")
+    docker, podman = Shelf("docker"), Shelf("podman")
+    podman.put("a", root=places.root_id, engine=dead, run="1")
+
+    assert await sweep(places, docker) == []
+    assert places.engines.names() == [dead]
+    assert len(await sweep(places, podman)) == 1
+    assert places.engines.names() == []
+
+
+async def test_what_cannot_be_removed_is_tried_again(places: Places) -> None:
+    """A sweep that failed does the rest, and keeps the file for the next one."""
+    runtime = Shelf()
+    dead, other = dead_engine(places), dead_engine(places)
+    runtime.put("a", root=places.root_id, engine=dead, run="1")
+    runtime.put("b", root=places.root_id, engine=other, run="2")
+    runtime.stuck = {"a"}
+
+    with pytest.raises(RuntimeUnavailableError):
+        await sweep(places, runtime)
+    assert list(runtime.containers) == ["a"]
+    assert places.engines.names() == [dead]
+    runtime.stuck = set()
+
+    assert len(await sweep(places, runtime)) == 1
+
+
+@pytest.mark.parametrize(("slowness", "method"), [(16.0, "find"), (14.0, None)])
+async def test_a_runtime_that_hangs_is_unavailable(
+    autojump_clock: MockClock, places: Places, slowness: float, method: str | None
+) -> None:
+    """Each call may take command_timeout; an engine does not hang while it opens."""
+    runtime = Shelf()
+    runtime.slowness = slowness
+    runtime.put("a", root=places.root_id, engine=dead_engine(places), run="1")
+    with trio.fail_after(100):
+        if method is None:
+            assert len(await sweep(places, runtime)) == 1
+            return
+        with pytest.raises(RuntimeUnavailableError, match="within 15 s"):
+            await sweep(places, runtime)
+
+    assert trio.current_time() == 15
+
+
+async def test_a_removal_that_hangs_is_given_up(
+    autojump_clock: MockClock, places: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file of the dead engine stays for another try."""
+    runtime = Shelf()
+    dead = dead_engine(places)
+    runtime.put("a", root=places.root_id, engine=dead, run="1")
+
+    async def hang(_: str) -> None:
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(runtime, "remove", hang)
+    with trio.fail_after(100), pytest.raises(RuntimeUnavailableError):
+        await sweep(places, runtime)
+
+    assert places.engines.names() == [dead]
+
+
+async def test_of_two_sweeps_one_does_the_work(places: Places) -> None:
+    """While one sweep has taken over a dead engine, another leaves it alone."""
+    dead = dead_engine(places)
+    runtime = Shelf()
+    runtime.put("a", root=places.root_id, engine=dead, run="1")
+    with places.engines.lock(dead):
+        assert await sweep(places, runtime) == []
+
+    assert len(await sweep(places, runtime)) == 1
+
+
+def test_an_engine_file_says_which_runtime(places: Places) -> None:
+    """Each engine has an id of its own, and its file says what it uses."""
+    engines = [EngineFile(places.engines, "docker") for _ in range(2)]
+    ids = {engine.engine_id for engine in engines}
+
+    assert len(ids) == 2
+    assert set(places.engines.names()) == ids
+    assert {places.engines.read(engine_id) for engine_id in ids} == {b"docker"}
+    for engine in engines:
+        engine.release(clean=True)
+
+
+def test_an_engine_that_left_something_leaves_its_file(places: Places) -> None:
+    """Unless it left nothing, an engine's file stays for the next sweep."""
+    engine = EngineFile(places.engines, "docker")
+    with pytest.raises(BlockingIOError), places.engines.lock(engine.engine_id):
+        pass
+    engine.release(clean=False)
+    with places.engines.lock(engine.engine_id):
+        pass
+
+    assert places.engines.names() == [engine.engine_id]
+
+
+async def test_an_engine_that_was_killed_is_dead(
+    places: Places, tmp_path: Path
+) -> None:
+    """SIGKILL of the host is all it takes for a sweep to find what is left."""
+    code = (
+        "import sys; from clawtrio._hostfs import Directory\n"
+        "from clawtrio._sweep import EngineFile\n"
+        "with Directory.at(sys.argv[1]) as engines:\n"
+        "    engine = EngineFile(engines, 'docker')\n"
+        "    print(engine.engine_id, flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    runtime = Shelf()
+    with subprocess.Popen(  # noqa: ASYNC220 - it is there at once
+        [sys.executable, "-c", code, tmp_path / "data" / "engines"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as host:
+        assert host.stdout is not None
+        engine_id = host.stdout.readline().strip()
+        runtime.put("a", root=places.root_id, engine=engine_id, run="1")
+        assert await sweep(places, runtime) == []
+        host.kill()
+
+    assert len(await sweep(places, runtime)) == 1
+
+
+async def test_an_engine_that_is_just_starting_is_alive(places: Places) -> None:
+    """A file that is not yet in its place belongs to somebody."""
+    runtime = Shelf()
+    with places.engines.lock(".starting.tmp") as fd:
+        os.write(fd, b"docker")
+        assert await sweep(places, runtime) == []
+        assert places.engines.names() == [".starting.tmp"]
+    runtime.put("a", root=places.root_id, engine=".starting.tmp")
+
+    assert await sweep(places, runtime) != []
+
+
+async def test_an_engine_s_file_may_go_during_a_sweep(
+    places: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine that leaves in order while a sweep looks is no error."""
+    engine = EngineFile(places.engines, "docker")
+    names = Directory.names
+
+    def late(self: Directory) -> list[str]:
+        found = names(self)
+        engine.release(clean=True)
+        return found
+
+    monkeypatch.setattr(Directory, "names", late)
+
+    assert await sweep(places, Shelf()) == []
+
+
+async def test_a_name_in_the_log_stays_on_its_line(
+    places: Places, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A runtime's identifier is text of somebody else's."""
+    runtime = Shelf()
+    runtime.put("a\nFORGED", root=places.root_id, engine=dead_engine(places))
+
+    await sweep(places, runtime)
+
+    (record,) = caplog.records
+    assert "\n" not in record.getMessage()
