@@ -75,9 +75,10 @@ def output(text: str, **others: object) -> Frame:
     return {"status": "success", "result": text, **others}
 
 
-def waiting(session_id: str = "s") -> Frame:
+def waiting(answers: int | None = 0, session_id: str = "s") -> Frame:
     """Give the frame that comes after each answer."""
-    return {"status": "success", "result": None, "newSessionId": session_id}
+    frame: Frame = {"status": "success", "result": None, "newSessionId": session_id}
+    return frame if answers is None else {**frame, "answers": answers}
 
 
 def framed(frame: Frame) -> bytes:
@@ -218,10 +219,10 @@ async def test_prompt_and_follow_ups_are_answered() -> None:
         ]
 
         await agent.send(message("four", id=7))
-        assert await agent.next(2) == [output("four", answers=7), waiting()]
+        assert await agent.next(2) == [output("four", answers=7), waiting(7)]
 
         await agent.send(message("five"))
-        assert await agent.next(2) == [output("five"), waiting()]
+        assert await agent.next(2) == [output("five"), waiting(None)]
 
         await agent.send(line({"type": "close"}))
         assert await agent.rest() == []
@@ -239,7 +240,11 @@ async def test_close_comes_after_what_was_sent_before_it() -> None:
             + line({"type": "close"})
         )
         answers = [f for f in await agent.rest() if "answers" in f]
-        assert answers == [output(t, answers=int(t)) for t in ["0", *texts]]
+        assert answers == [
+            frame
+            for text in ["0", *texts]
+            for frame in (output(text, answers=int(text)), waiting(int(text)))
+        ]
         assert agent.process.returncode == 0
 
 
@@ -395,7 +400,7 @@ async def test_follow_ups_come_as_files(tmp_path: Path) -> None:
 
         (tmp_path / "new").write_bytes(message("no id"))
         (tmp_path / "new").rename(tmp_path / "4.json")
-        assert await agent.next(2) == [output("no id"), waiting()]
+        assert await agent.next(2) == [output("no id"), waiting(None)]
 
         (tmp_path / "_close").touch()
         assert await agent.rest() == []
@@ -411,7 +416,7 @@ async def test_close_file_comes_after_the_others(tmp_path: Path) -> None:
         (tmp_path / f"{n:03}.json").write_bytes(message(str(n), id=n))
     code, stdout, stderr = await run(line(INPUT), program=program(inbox=tmp_path))
     assert (code, stderr) == (0, "")
-    answers = [f["answers"] for f in frames_in(stdout) if "answers" in f]
+    answers = [f["answers"] for f in frames_in(stdout) if f["result"] is not None]
     assert answers == list(range(21))
     assert not names_in(tmp_path)
 

@@ -637,6 +637,7 @@ async def test_an_agent_that_crashes_has_failed(
     """A fake agent that raises looks like a program with a traceback on stderr."""
 
     async def agent(pipes: AgentPipes) -> int:
+        await pipes.stdin.receive_some()
         raise ZeroDivisionError("once")
 
     _, result = await talk(tmp_path, agent)
@@ -944,21 +945,27 @@ async def test_what_is_asked_about_an_output_is_not_answered_by_its_neighbour(
     assert run.result.duration == 150
 
 
-async def test_a_frame_before_the_prompt_was_written_answers_nothing(
-    tmp_path: Path, autojump_clock: MockClock
+@pytest.mark.parametrize(
+    ("result", "unanswered"), [(None, ("Hi",)), ("I never listen", ())]
+)
+async def test_a_frame_before_the_prompt_was_written(
+    tmp_path: Path,
+    autojump_clock: MockClock,
+    result: str | None,
+    unanswered: tuple[str, ...],
 ) -> None:
-    """An agent cannot answer what it was not told, while its mounts are looked at."""
+    """Only text answers a prompt that was not told; being ready does not."""
 
     async def agent(container: OwnContainer) -> None:
-        await container.agent_stdout.send_all(frame("ready"))
+        await container.agent_stdout.send_all(frame(result))
         await trio.sleep(8)
         container.exit(0)
 
     runtime = OwnRuntime(agent, verify=partial(trio.sleep, 5))
     async with engine_on(tmp_path, runtime) as engine:
-        result = await engine.run(GROUP, "Hi", chat_jid=JID)
+        ended = await engine.run(GROUP, "Hi", chat_jid=JID)
 
-    assert result.unanswered == ("Hi",)
+    assert ended.unanswered == unanswered
 
 
 async def test_a_frame_while_a_long_prompt_is_written_answers_it(
@@ -1462,7 +1469,7 @@ async def test_an_iterator_whose_task_is_gone_does_not_hold_up_the_end(
         async with trio.open_nursery() as nursery:
             nursery.start_soon(waiting, results)
             try:
-                async with trio.open_nursery() as inner:
+                async with trio.open_nursery() as inner:  # noqa: ASYNC112
                     inner.start_soon(take_one)
             except* ValueError:
                 pass
@@ -1572,7 +1579,7 @@ async def test_the_iteration_may_go_on_in_another_task(
         async def iterate() -> None:
             seen.extend([output.result async for output in run])
 
-        async with trio.open_nursery() as nursery:
+        async with trio.open_nursery() as nursery:  # noqa: ASYNC112
             nursery.start_soon(iterate)
 
     assert seen == ["1", "2", "3"]

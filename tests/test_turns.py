@@ -75,6 +75,9 @@ class Conversation(RuleBasedStateMachine):
         if output.partial:
             return
         last = 10**9 if output.answers is None else output.answers
+        if output.status == "success" and output.result is not None:
+            # Who says something without having read anything answers the prompt.
+            unread -= {0}
         answered = {n for n in self.open if n <= last} - unread
         self.open -= answered
         if output.status == "error":
@@ -186,6 +189,16 @@ def test_what_an_error_frame_says(
     turns.take(output, NOBODY)
 
     assert turns.verdict(ending, None) == ("error", said)
+
+
+def test_only_text_answers_a_prompt_that_was_not_read() -> None:
+    """One that fails, or is ready, before it was told the prompt owes an answer."""
+    turns = turns_of()
+    for output in (ERROR, WAITS):
+        turns.take(output, frozenset({0}))
+        assert turns.unanswered == ("prompt",)
+    turns.take(TEXT, frozenset({0}))
+    assert turns.unanswered == ()
 
 
 def test_a_later_answer_makes_good_for_an_error() -> None:

@@ -22,9 +22,8 @@ def run(session: wire.Session) -> int:
         for text in firsts:
             wire.emit(text, partial=True)
         wire.emit(last, answers=message.id)
-        wire.emit(
-            new_session_id=session_id, answers=message.id
-        )  # waiting for the next one
+        # It waits for the next one, and has read no later one yet.
+        wire.emit(new_session_id=session_id, answers=message.id)
         message = inbox.get()
     return 0
 

@@ -81,11 +81,15 @@ class Turns:
 
         Args:
             output: The output.
-            unread: The follow-ups that the agent cannot have read when it wrote.
+            unread: The messages that the agent cannot have read when it wrote.
         """
         self.session_id = output.new_session_id or self.session_id
         if output.partial:
             return
+        if output.status == "success" and output.result is not None:
+            # Before anything was read, text can only be for the prompt; a failure, or
+            # being ready, is no answer to it.
+            unread -= {0}
         last = self._asked if output.answers is None else output.answers
         answered = [n for n in self._unanswered if n <= last and n not in unread]
         for number in answered:
