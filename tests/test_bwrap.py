@@ -411,6 +411,8 @@ def test_other_remedies(tmp_path: Path) -> None:
     """A container, an old bwrap and silence have remedies of their own."""
     nothing = str(tmp_path)
     assert remedy("", USER, proc=nothing, root=nothing)[0].endswith("in time")
+    unreadable = f"setpriv: failed to execute {USER.python}: Permission denied"
+    assert "execute it" in remedy(unreadable, USER, proc=nothing, root=nothing)[1]
     old = remedy("bwrap: Unknown option --bind-fd", USER, proc=nothing, root=nothing)
     assert "0.11" in old[1]
     (tmp_path / ".dockerenv").touch()

@@ -1429,7 +1429,7 @@ def test_runtimes_that_do_not_answer(
     out, err = capfd.readouterr()
     assert out == "bwrap: nothing to remove\n"
     first, second = err.splitlines()
-    assert first.startswith("clawtrio: docker: did not answer within 0.8 s")
+    assert first.startswith("clawtrio: docker: did not answer within 0.2 s")
     assert second.startswith("clawtrio: podman: no luck")
 
     assert execute(["sweep", "--runtime", "bwrap"]) == 0

@@ -628,3 +628,22 @@ async def test_a_janitor_ends_when_it_is_finished(
             nursery.start_soon(janitor.work)
             await wait_all_tasks_blocked()
             assert await janitor.finish()
+
+
+async def test_a_janitor_is_patient_with_a_runtime_that_is_down(
+    autojump_clock: MockClock, errors: list[str]
+) -> None:
+    """It asks ever less often, but soon again when the engine is about to close."""
+    world = World()
+    world.there = False
+    world.acts["find"] = fails
+    janitor = Janitor(world, "e", TIMEOUT)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(janitor.work)
+        janitor.look_for("1f")
+        await trio.sleep(100)
+        assert world.looks == [0, 1, 3, 7, 15, 31, 61, 91]
+        world.acts["find"] = nothing
+        assert await janitor.finish()
+
+    assert trio.current_time() == 100.5

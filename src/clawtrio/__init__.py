@@ -26,6 +26,8 @@ See :func:`open_engine`.
 #   testing                       fakes, public
 #   _cli                          the command line
 
+import logging
+
 from ._engine import Engine as Engine, open_engine as open_engine
 from ._errors import (
     ClawtrioError as ClawtrioError,
@@ -59,10 +61,13 @@ from ._runtimes import (
 )
 from ._settings import Settings as Settings
 
+# A library says nothing where the application has not asked for it.
+logging.getLogger(__name__).addHandler(logging.NullHandler())
+
 # Tracebacks and documentation name the public place.
 for _name, _value in list(globals().items()):
     if not _name.startswith("_") and getattr(_value, "__module__", "").startswith(
         f"{__name__}._"
     ):
         _value.__module__ = __name__
-del _name, _value
+del _name, _value, logging

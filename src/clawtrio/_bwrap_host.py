@@ -170,6 +170,8 @@ def remedy(
     """Say what went wrong with a sandbox, and what to do about it."""
     lines = [line for line in stderr.splitlines() if line.strip()]
     problem = lines[-1] if lines else "a sandbox did not start in time"
+    if host.python in problem:
+        return problem, "Let the user that agents run as read and execute it"
     if "Unknown option" in problem:
         return (
             problem,

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import heapq
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
 import attrs
-import trio
 
 from ._cli_terminal import complain, note, show, write
 from ._engine import choose_runtime
 from ._errors import RuntimeUnavailableError
-from ._groups import Places, open_places
+from ._groups import open_places
 from ._hostfs import Directory
 from ._models import Group
-from ._runtimes import LABEL_ENGINE, LABEL_ROOT, LABEL_RUN, FoundContainer, Runtime
+from ._runtimes import (
+    LABEL_ENGINE,
+    LABEL_ROOT,
+    LABEL_RUN,
+    FoundContainer,
+    Runtime,
+    ask_within,
+)
 from ._settings import Settings
 from ._sweep import sweep
 from ._text import one_line, printable
@@ -49,30 +56,14 @@ def has_data(settings: Settings) -> bool:
     return False
 
 
-async def find(places: Places, runtime: Runtime) -> list[FoundContainer]:
-    """List the containers of a root, within the time that a command may take.
-
-    Raises:
-        RuntimeUnavailableError: If the runtime cannot be asked.
-    """
-    seconds = places.settings.command_timeout
-    with trio.move_on_after(seconds):
-        return list(await runtime.find({LABEL_ROOT: places.root_id}))
-    raise _silent(runtime, seconds)
-
-
-def _silent(runtime: Runtime, seconds: float) -> RuntimeUnavailableError:
-    problem = f"did not answer within {seconds:g} s"
-    return RuntimeUnavailableError(runtime.name, problem, "Restart its daemon.")
-
-
 async def list_containers(settings: Settings) -> int:
     """Show the containers of a root, and whether an engine looks after each."""
     if not has_data(settings):
         return 0
     runtime = choose_runtime(settings)
     with open_places(settings) as places:
-        found = await find(places, runtime)
+        ask = partial(runtime.find, {LABEL_ROOT: places.root_id})
+        found = await ask_within(settings.command_timeout, runtime, ask)
         states = [
             engine_state(places.engines, container.labels.get(LABEL_ENGINE, ""))
             for container in found
@@ -120,13 +111,8 @@ async def sweep_all(settings: Settings, runtime: RuntimeName | None) -> int:
     with open_places(settings) as places:
         for name in (runtime,) if runtime else filter(is_installed, RUNTIMES):
             chosen = runtime_named(settings, name)
-            seconds = 4 * settings.command_timeout
             try:
-                with trio.move_on_after(seconds) as scope:
-                    removed = await sweep(places, chosen)
-                    _report(chosen.name, removed)
-                if scope.cancelled_caught:
-                    raise _silent(chosen, seconds)
+                _report(chosen.name, await sweep(places, chosen))
             except RuntimeUnavailableError as exc:
                 complain(exc)
                 code = 1

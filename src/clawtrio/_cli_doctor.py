@@ -15,10 +15,10 @@ from rich.text import Text
 
 from ._cli_care import RUNTIMES, RuntimeName, is_installed, runtime_named
 from ._cli_terminal import show, write
-from ._engine import _MIN_FREE_INODES, check_runtime, choose_runtime
+from ._engine import MIN_FREE_INODES, choose_runtime
 from ._errors import ClawtrioError, RuntimeUnavailableError
 from ._groups import Places, open_places
-from ._runtimes import ContainerSpec, Runtime
+from ._runtimes import ContainerSpec, Runtime, ask_within
 from ._settings import MIB, Settings
 from ._text import printable
 
@@ -115,8 +115,8 @@ def _look_at_space(places: Places) -> Finding:
     free, inodes = places.free()
     least = places.settings.min_free_bytes
     found = f"{free / MIB:,.0f} MiB free, {least / MIB:,.0f} MiB needed"
-    if inodes is not None and inodes < _MIN_FREE_INODES:
-        found += f"; only {inodes} inodes free, {_MIN_FREE_INODES} needed"
+    if inodes is not None and inodes < MIN_FREE_INODES:
+        found += f"; only {inodes} inodes free, {MIN_FREE_INODES} needed"
     elif free >= least:
         return Finding("ok", "disk", found)
     return Finding(
@@ -131,7 +131,7 @@ async def _look_at_runtime(settings: Settings, name: RuntimeName) -> list[Findin
     if not is_chosen and not is_installed(name):
         return [Finding("info", what, "not installed, and not needed")]
     try:
-        await check_runtime(runtime, settings.command_timeout)
+        await ask_within(settings.command_timeout, runtime, runtime.check)
     except RuntimeUnavailableError as exc:
         state: State = "broken" if is_chosen else "info"
         return [Finding(state, what, exc.problem, exc.remedy)]

@@ -27,7 +27,14 @@ from ._models import AgentOutput, Group, RunResult
 from ._mounts import hold_mounts
 from ._run import Run, RunLogger
 from ._runlog import LogEntry, log_name, prune_logs, render_log
-from ._runtimes import LABEL_ENGINE, LABEL_ROOT, LABEL_RUN, ContainerSpec, Runtime
+from ._runtimes import (
+    LABEL_ENGINE,
+    LABEL_ROOT,
+    LABEL_RUN,
+    ContainerSpec,
+    Runtime,
+    ask_within,
+)
 from ._settings import Settings
 from ._stdin import FileWords, LifelineWords, Words
 from ._sweep import EngineFile, sweep
@@ -44,7 +51,7 @@ _SPACE_INTERVAL: Final = 5.0
 #: How many files are deleted in one go, well below a second.
 _TRASH_BATCH: Final = 5000
 #: A file system can be full of empty files, too.
-_MIN_FREE_INODES: Final = 1024
+MIN_FREE_INODES: Final = 1024
 
 
 def choose_runtime(settings: Settings) -> Runtime:
@@ -59,20 +66,6 @@ def choose_runtime(settings: Settings) -> Runtime:
     if name == "bwrap":
         return BwrapRuntime()
     return DockerRuntime(FLAVOURS[name], image=settings.image)
-
-
-async def check_runtime(runtime: Runtime, command_timeout: float) -> None:
-    """Make sure that containers can be run, within *command_timeout* seconds.
-
-    Raises:
-        RuntimeUnavailableError: If not.
-    """
-    with trio.move_on_after(command_timeout) as scope:
-        await runtime.check()
-    if scope.cancelled_caught:
-        problem = f"did not answer within {command_timeout:g} s"
-        remedy = "Restart its daemon, or raise command_timeout."
-        raise RuntimeUnavailableError(runtime.name, problem, remedy)
 
 
 class Engine:
@@ -405,7 +398,7 @@ class Engine:
                 f"{self.settings.min_free_bytes}"
             )
             raise NotStartedError(problem)
-        if inodes is not None and inodes < _MIN_FREE_INODES:
+        if inodes is not None and inodes < MIN_FREE_INODES:
             raise NotStartedError(f"only {inodes} inodes are free on the disk")
 
     async def _watch_space(self) -> None:
@@ -462,7 +455,7 @@ async def open_engine(
     settings = settings or Settings.load()
     runtime = runtime or choose_runtime(settings)
     with open_places(settings) as places:
-        await check_runtime(runtime, settings.command_timeout)
+        await ask_within(settings.command_timeout, runtime, runtime.check)
         try:
             await sweep(places, runtime)
         except RuntimeUnavailableError as exc:

@@ -46,29 +46,29 @@ def hold_mounts(
         UnsafePathError: If a path cannot be told to a runtime without ambiguity.
     """
     with ExitStack() as stack:
-        directory = stack.enter_context(places.open_group(group))
         runner = (
             container_directory() / "agent_runner"
             if own_runner
             else Path(places.settings.root, "container", "agent-runner", "src")
         )
-        sources = [
-            (directory, WORKSPACE_GROUP, False),
-            (ipc, WORKSPACE_IPC, False),
-        ]
+        with places.open_group(group) as directory:
+            mounts = [_hold(directory, WORKSPACE_GROUP, stack)]
+        mounts.append(_hold(ipc, WORKSPACE_IPC, stack))
         if runner.is_dir():
-            own = stack.enter_context(Directory.at(str(runner)))
-            sources.append((own, RUNNER, True))
-        mounts = []
-        for place, target, readonly in sources:
-            source = place.path
-            check_mountable(source)
-            fd = place.hold()
-            stack.callback(os.close, fd)
-            status = os.fstat(fd)
-            mount = VolumeMount(source, target, readonly)
-            mounts.append(HeldMount(mount, fd, status.st_dev, status.st_ino))
+            with Directory.at(str(runner)) as directory:
+                mounts.append(_hold(directory, RUNNER, stack, readonly=True))
         yield tuple(mounts)
+
+
+def _hold(
+    directory: Directory, target: str, stack: ExitStack, *, readonly: bool = False
+) -> HeldMount:
+    check_mountable(directory.path)
+    fd = directory.hold()
+    stack.callback(os.close, fd)
+    status = os.fstat(fd)
+    mount = VolumeMount(directory.path, target, readonly)
+    return HeldMount(mount, fd, status.st_dev, status.st_ino)
 
 
 def check_mountable(path: str) -> None:

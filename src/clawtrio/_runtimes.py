@@ -6,17 +6,21 @@ can write one: for a scheduler's client, say, or a remote host.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Final, Protocol
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Final, Protocol, TypeVar
 
 import attrs
 import trio
 
+from ._errors import RuntimeUnavailableError
 from ._models import VolumeMount
 
 LABEL_ROOT: Final = "clawtrio.root"
 LABEL_ENGINE: Final = "clawtrio.engine"
 LABEL_RUN: Final = "clawtrio.run"
+
+
+T = TypeVar("T")
 
 
 @attrs.frozen
@@ -201,3 +205,18 @@ class Runtime(Protocol):
         Raises:
             RuntimeUnavailableError: If it could not be removed.
         """
+
+
+async def ask_within(
+    seconds: float, runtime: Runtime, method: Callable[[], Awaitable[T]]
+) -> T:
+    """Await a method of *runtime*, but not for long.
+
+    Raises:
+        RuntimeUnavailableError: If it takes more than *seconds*, or says so itself.
+    """
+    with trio.move_on_after(seconds):
+        return await method()
+    problem = f"did not answer within {seconds:g} s"
+    remedy = "Restart its daemon, or raise command_timeout."
+    raise RuntimeUnavailableError(runtime.name, problem, remedy)

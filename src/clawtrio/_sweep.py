@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from functools import partial
-from typing import TypeVar
-
-import trio
 
 from ._errors import RuntimeUnavailableError
 from ._groups import Places
 from ._hostfs import Directory
-from ._runtimes import LABEL_ENGINE, LABEL_ROOT, FoundContainer, Runtime
+from ._runtimes import (
+    LABEL_ENGINE,
+    LABEL_ROOT,
+    FoundContainer,
+    Runtime,
+    ask_within,
+)
 from ._text import one_line
-
-T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ async def sweep(places: Places, runtime: Runtime) -> list[FoundContainer]:
             and _take_over(engines, engine_id, locks)
         }
         kept: set[str] = set()
-        ask = partial(_ask, runtime, places.settings.command_timeout)
+        ask = partial(ask_within, places.settings.command_timeout, runtime)
         for container in await ask(partial(runtime.find, {LABEL_ROOT: places.root_id})):
             engine_id = container.labels.get(LABEL_ENGINE, "")
             if engine_id not in dead:
@@ -92,16 +92,6 @@ async def sweep(places: Places, runtime: Runtime) -> list[FoundContainer]:
     if failure is not None:
         raise failure
     return removed
-
-
-async def _ask(
-    runtime: Runtime, seconds: float, method: Callable[[], Awaitable[T]]
-) -> T:
-    with trio.move_on_after(seconds):
-        return await method()
-    problem = f"did not answer within {seconds:g} s"
-    remedy = "Restart its daemon, or raise command_timeout."
-    raise RuntimeUnavailableError(runtime.name, problem, remedy)
 
 
 def _take_over(engines: Directory, engine_id: str, locks: ExitStack) -> bool:

@@ -25,6 +25,8 @@ _SETTLE: Final = 1.0
 #: Seconds between two looks for a container: one whose client was killed while it was
 #: being created has been seen to appear a second later.
 LOOK_INTERVAL: Final = 0.5
+#: Seconds between two looks of the janitor, where they fail.
+_LONGEST_PAUSE: Final = 30.0
 #: A container counts as gone when it was absent that often, so far apart.
 _ABSENCES: Final = 2
 
@@ -145,6 +147,7 @@ class Janitor:
         self._busy = AsyncBool(value=False)
         # When the engine is cancelled there is most to look for: finish() ends it.
         self._working = trio.CancelScope(shield=True)
+        self._finishing = trio.Event()
 
     def look_for(
         self, run_id: str, name: str | None = None, *, insist: bool = False
@@ -162,19 +165,29 @@ class Janitor:
 
     async def work(self) -> None:
         """Look, whenever there is something to look for, until :meth:`finish`."""
+        pause = LOOK_INTERVAL
         with self._working:
             while True:
                 await self._busy.wait_value(bool)
+                # A daemon that is down is asked, and complained of, ever less often.
+                pause = min(2 * pause, _LONGEST_PAUSE)
                 with trio.move_on_after(self._command_timeout) as scope:
                     try:
                         await self._look()
+                        pause = LOOK_INTERVAL
                     except _FAILURES as exc:
                         log.warning("janitor: %s", one_line(str(exc)))
                 if scope.cancelled_caught:
                     log.warning("janitor: %s does not answer", self._runtime.name)
                 self._busy.value = bool(self._suspects)
                 if self._suspects:
-                    await trio.sleep(LOOK_INTERVAL)
+                    await self._wait(pause)
+
+    async def _wait(self, seconds: float) -> None:
+        with trio.move_on_after(seconds):
+            await self._finishing.wait()
+            # With little time left, there is no patience.
+            await trio.sleep(LOOK_INTERVAL)
 
     async def _look(self) -> None:
         looked_for = list(self._suspects)
@@ -200,6 +213,7 @@ class Janitor:
 
     async def finish(self) -> bool:
         """Wait until there is nothing left; if that takes too long, say so: False."""
+        self._finishing.set()
         with trio.move_on_after(self._command_timeout, shield=True):
             await self._busy.wait_value(operator.not_)
         self._working.cancel()
