@@ -1404,3 +1404,28 @@ async def test_an_engine_opens_with_the_settings_of_the_environment(
     with pytest.raises(SettingsError):
         async with clawtrio.open_engine(runtime=FakeRuntime(scripted_agent())):
             pass  # pragma: no cover
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
+async def test_an_inbox_that_cannot_be_cleared_is_a_warning(
+    tmp_path: Path, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What keeps us from clearing it ends neither the engine nor the run."""
+    inbox = tmp_path / "data" / "ipc" / "family" / "input"
+
+    async def agent(pipes: AgentPipes) -> int:
+        mount = ["mount", "-t", "tmpfs", "clawtrio-test", str(inbox)]
+        subprocess.run(mount, check=True)
+        await pipes.stdout.send_all(frame("hi"))
+        return 0
+
+    try:
+        async with engine_on(tmp_path, FakeRuntime(agent), stdin="eof") as engine:
+            result = await engine.run(GROUP, "Hi", chat_jid=JID)
+            assert result.status == "success"
+            assert "cannot clear" in caplog.text
+            # It is refused for as long as that lasts, but said so.
+            with pytest.raises(NotStartedError):
+                await engine.run(GROUP, "Hi", chat_jid=JID)
+    finally:
+        subprocess.run(["umount", str(inbox)], check=True)

@@ -50,6 +50,18 @@ CLIENT_ENVIRONMENT: Final = frozenset(
 )
 
 
+# Trio's own limiter is the application's: one that has all its threads wait for runs
+# must still see them end.
+_limiter: Final = trio.CapacityLimiter(40)
+
+
+async def in_thread(fn: Callable[[], T], *, abandon_on_cancel: bool = False) -> T:
+    """Call *fn* in a worker thread, however many threads the application uses."""
+    return await trio.to_thread.run_sync(
+        fn, abandon_on_cancel=abandon_on_cancel, limiter=_limiter
+    )
+
+
 def client_environment() -> dict[str, str]:
     """Return the environment for a runtime's client."""
     return {
@@ -86,9 +98,7 @@ class ClientProcess:
         async with self._waiting:
             if self._popen.returncode is None:
                 if self._exit_fd is None:
-                    await trio.to_thread.run_sync(
-                        self._popen.wait, abandon_on_cancel=True
-                    )
+                    await in_thread(self._popen.wait, abandon_on_cancel=True)
                 else:
                     await trio.lowlevel.wait_readable(self._exit_fd)
             code = self._popen.wait()
@@ -194,3 +204,7 @@ def _spawn_queue() -> queue.SimpleQueue[Callable[[], None]]:
 
     threading.Thread(target=work, name="clawtrio spawn", daemon=True).start()
     return jobs
+
+
+# A forked child has the queue, but nobody who takes from it.
+os.register_at_fork(after_in_child=_spawn_queue.cache_clear)
