@@ -31,6 +31,7 @@ from clawtrio._bwrap_argv import (
 from clawtrio._bwrap_host import bwraps, look, python_parts, remedy, scopes
 from clawtrio._errors import NotStartedError, RuntimeUnavailableError
 from clawtrio._models import VolumeMount
+from clawtrio._process import ClientProcess, spawn
 from clawtrio._runtimes import (
     LABEL_ENGINE,
     LABEL_ROOT,
@@ -209,6 +210,7 @@ def test_labels_are_in_bwraps_environment_only() -> None:
     spec = make_spec()
 
     assert environment(spec, SCOPED) == {
+        "PATH": "/opt/bot/bin:/usr/local/bin:/usr/bin:/bin",
         "TZ": "UTC",
         "CLAWTRIO_ROOT": "a root",
         "CLAWTRIO_ENGINE": "an engine",
@@ -223,10 +225,19 @@ def test_labels_are_in_bwraps_environment_only() -> None:
 
 def test_environment_keeps_what_was_given() -> None:
     """A variable of the agent's own wins over systemd-run's, and is not unset."""
-    spec = make_spec(environment={"XDG_RUNTIME_DIR": "/tmp"}, labels={})
+    given = {"XDG_RUNTIME_DIR": "/tmp", "PATH": "/workspace/group/bin"}
+    spec = make_spec(environment=given, labels={})
 
-    assert environment(spec, SCOPED) == {"XDG_RUNTIME_DIR": "/tmp"}
+    assert environment(spec, SCOPED) == given
     assert "--unsetenv" not in shown(spec, SCOPED)
+
+
+def test_environment_is_not_for_the_linker() -> None:
+    """What the linker would obey in bwrap, outside of the sandbox, is left out."""
+    given = {"LD_PRELOAD": "/workspace/group/x.so", "GLIBC_TUNABLES": "x", "OLD_X": ""}
+    spec = make_spec(environment=given, labels={})
+
+    assert sorted(environment(spec, USER)) == ["OLD_X", "PATH"]
 
 
 def test_launcher() -> None:
@@ -604,7 +615,10 @@ async def test_systemd(
     with trio.fail_after(30):
         await runtime.check()
 
-    argv = runtime.argv(make_spec())
+    with monkeypatch.context() as patch:
+        # It would read all of /proc.
+        patch.setattr(_bwrap, "count_tasks", None)
+        argv = runtime.argv(make_spec())
     assert (argv[0] == run) == enforces
     assert any(argument.startswith("--nproc=") for argument in argv) != enforces
     if enforces:
@@ -680,7 +694,41 @@ async def test_failures_without_a_child(tmp_path: Path) -> None:
     assert container.start_failure(1, "one\nbwrap: two\n\n") == "bwrap: two"
     assert container.start_failure(1, "") == "bwrap left with code 1"
     assert container.start_failure(137, "") is None
+    assert container.start_failure(1, "bwrap: \x1b[2J") == r"bwrap: \x1b[2J"
     await container.aclose()
+
+
+@pytest.mark.parametrize(
+    ("code", "line", "failed"),
+    [
+        (127, "setpriv: failed to execute /a b/python: No such file", True),
+        (127, "setpriv: setresuid failed: Invalid argument", True),
+        (127, "setpriv: disallow granting new privileges failed: No", True),
+        (127, "setpriv: apply bounding set: Operation not permitted", True),
+        (126, "prlimit: failed to execute /python: Permission denied", True),
+        (1, "prlimit: failed to set the NOFILE resource limit: No", True),
+        (2, "prlimit: failed to set the NOFILE resource limit: No", False),
+        (0, "setpriv: failed to execute /python: No such file", False),
+        (1, "setpriv: whatever an agent says", False),
+        (1, "prlimit: failed to please: No", False),
+        (1, "x prlimit: failed to execute /python: No", False),
+    ],
+)
+async def test_failures_after_bwraps(
+    tmp_path: Path, code: int, line: str, *, failed: bool
+) -> None:
+    """Once bwrap has executed something, only words that the tools have count."""
+    container = await start_fake(tmp_path, "sys.exit(1)")
+    container._report = b'{ "exit-code": 1 }'
+    try:
+        found = container.start_failure(code, f"\n{line}\x1b\n\n")
+    finally:
+        with trio.CancelScope(shield=True):
+            await container.kill()
+            await container.wait()
+            await container.aclose()
+
+    assert found == (f"{line}\\x1b" if failed else None)
 
 
 @pytest.mark.parametrize("is_root", [True, False])
@@ -699,6 +747,68 @@ async def test_pipes_are_the_agents(tmp_path: Path, *, is_root: bool) -> None:
     await container.stdin.aclose()
     with trio.fail_after(20):
         assert await container.wait() == 0
+    await container.aclose()
+
+
+def open_files() -> int:
+    return len([*Path("/proc/self/fd").iterdir()])
+
+
+@pytest.mark.parametrize("cancelled", [True, False])
+async def test_pipes_that_cannot_be_given_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, cancelled: bool
+) -> None:
+    """The root of a user namespace cannot give to strangers: nothing is left."""
+    bwrap = fake_bwrap(tmp_path / "bwrap", "time.sleep(600)")
+    runtime = BwrapRuntime()
+    runtime._host = attrs.evolve(look(bwrap, sys.executable), is_root=True)
+    started: list[ClientProcess] = []
+
+    async def note(*args: Any, **kwargs: Any) -> ClientProcess:
+        started.append(await spawn(*args, **kwargs))
+        return started[-1]
+
+    with trio.CancelScope() as scope, monkeypatch.context() as patch:
+
+        def refuse(*_: int) -> None:
+            if cancelled:
+                scope.cancel()
+            raise OSError(22, "Invalid argument")
+
+        patch.setattr(_bwrap, "spawn", note)
+        patch.setattr(os, "fchown", refuse)
+        before = open_files()
+        with trio.fail_after(20), pytest.raises(NotStartedError, match="Invalid arg"):
+            await runtime.start(make_spec())
+        assert open_files() == before
+
+    assert started[0]._popen.returncode == -9
+
+
+async def test_threads_are_not_the_applications(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An application that uses all of Trio's threads holds up no sandbox."""
+    agent = _bwrap_procs.Process(2**22 - 1, 1, 1, 2, 0)
+    monkeypatch.setattr(_bwrap_container, "find_agent", lambda _: agent)
+    monkeypatch.setattr(_bwrap, "_shares_count", lambda _: True)
+    limiter = trio.to_thread.current_default_thread_limiter()
+    limiter.total_tokens = 1
+    body = """
+        pid = os.fork()
+        if pid == 0:
+            time.sleep(600)
+        os.write(report, json.dumps({"child-pid": pid}).encode() + b"\\n")
+        sys.stdin.read()
+    """
+
+    with trio.fail_after(20):
+        async with limiter:
+            container = await start_fake(tmp_path, body)
+            await container.stop(60)
+            assert await container.wait() == 137
+            assert await BwrapRuntime().find({LABEL_RUN: "none"}) == []
+            await BwrapRuntime().remove("1:1")
     await container.aclose()
 
 

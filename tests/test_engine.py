@@ -41,7 +41,7 @@ from clawtrio import (
     open_engine,
 )
 from clawtrio._engine import choose_runtime
-from clawtrio.testing import AgentPipes, FakeRuntime, scripted_agent
+from clawtrio.testing import AgentPipes, FakeRuntime, framed, scripted_agent
 
 from .helpers import (
     FOREVER,
@@ -405,7 +405,7 @@ async def test_a_start_that_hangs_fails_in_time(
         assert len(runtime.looks) == looks
 
 
-@pytest.mark.parametrize("how", ["stop", "close", "cancel"])
+@pytest.mark.parametrize("how", ["close", "cancel"])
 async def test_a_run_can_be_ended_while_it_starts(
     how: str, tmp_path: Path, autojump_clock: MockClock
 ) -> None:
@@ -426,16 +426,16 @@ async def test_a_run_can_be_ended_while_it_starts(
         async with engine_on(tmp_path, runtime) as engine:
             nursery.start_soon(run, engine)  # noqa: ASYNC111
             await trio.sleep(2)
-            if how == "stop":
-                engine.runs[0].stop()
-                await trio.lowlevel.checkpoint()
-            elif how == "cancel":
+            assert engine.runs == ()
+            if how == "cancel":
                 nursery.cancel_scope.cancel()
+                await trio.lowlevel.cancel_shielded_checkpoint()
         assert trio.current_time() < 2 + MOMENT
 
     expected = trio.Cancelled if how == "cancel" else NotStartedError
     assert outcomes == [expected]
-    assert engine.runs == ()
+    # Nobody knows what was begun.
+    assert runtime.looks
 
 
 async def test_a_stop_that_comes_as_the_container_starts_stops_it(
@@ -453,10 +453,12 @@ async def test_a_stop_that_comes_as_the_container_starts_stops_it(
     async def run(engine: Engine) -> None:
         results.append(await engine.run(GROUP, "Hi", chat_jid=JID))
 
-    async with engine_on(tmp_path, runtime) as engine, trio.open_nursery() as nursery:
-        nursery.start_soon(run, engine)
+    async with (
+        trio.open_nursery() as nursery,
+        engine_on(tmp_path, runtime) as engine,
+    ):
+        nursery.start_soon(run, engine)  # noqa: ASYNC111
         await trio.sleep(1)
-        engine.runs[0].stop()
 
     assert [result.ending for result in results] == [Ending.STOPPED]
     assert runtime.live == {}
@@ -1248,7 +1250,6 @@ async def test_what_a_dead_engine_left_is_swept(
 
     async with engine_on(tmp_path, runtime):
         assert runtime.live == {}
-    assert list((tmp_path / "data/engines").iterdir()) == []
 
 
 async def test_the_container_is_told_what_it_must_know(
@@ -1408,14 +1409,13 @@ async def test_an_engine_opens_with_the_settings_of_the_environment(
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
 async def test_an_inbox_that_cannot_be_cleared_is_a_warning(
-    tmp_path: Path, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What keeps us from clearing it ends neither the engine nor the run."""
     inbox = tmp_path / "data" / "ipc" / "family" / "input"
 
     async def agent(pipes: AgentPipes) -> int:
-        mount = ["mount", "-t", "tmpfs", "clawtrio-test", str(inbox)]
-        subprocess.run(mount, check=True)
+        await trio.run_process(["mount", "-t", "tmpfs", "clawtrio-test", str(inbox)])
         await pipes.stdout.send_all(frame("hi"))
         return 0
 
@@ -1428,4 +1428,56 @@ async def test_an_inbox_that_cannot_be_cleared_is_a_warning(
             with pytest.raises(NotStartedError):
                 await engine.run(GROUP, "Hi", chat_jid=JID)
     finally:
-        subprocess.run(["umount", str(inbox)], check=True)
+        with trio.move_on_after(10, shield=True):
+            await trio.run_process(["umount", str(inbox)])
+
+
+async def test_threads_of_the_application_are_not_needed(tmp_path: Path) -> None:
+    """A bot that has all its threads wait for runs still sees them end."""
+    runtime = OwnRuntime(quiet)
+    runtime.in_process = False
+    settings = settings_for(tmp_path)
+    limiter = trio.to_thread.current_default_thread_limiter()
+    with trio.fail_after(30):
+        async with (
+            clawtrio.open_engine(settings, runtime) as engine,
+            engine.open_run(GROUP, "Hi", chat_jid=JID) as run,
+        ):
+            before, limiter.total_tokens = limiter.total_tokens, 1
+            async with limiter:
+                run.stop()
+                result = await run.wait()
+            limiter.total_tokens = before
+
+    assert result.log_path.is_file()
+
+
+@pytest.mark.parametrize("method", ["verify", "wait"])
+async def test_an_os_error_of_a_container_is_the_run_s(
+    method: str, tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    """What a runtime may raise ends one run, not the engine."""
+    behaviour: dict[str, Any] = {method: raising(OSError("boom"))}
+    runtime = OwnRuntime(quiet, **behaviour)
+    async with engine_on(tmp_path, runtime) as engine:
+        result = await engine.run(GROUP, "Hi", chat_jid=JID)
+
+    expected = Ending.NOT_STARTED if method == "verify" else Ending.FAILED
+    assert result.ending is expected
+    assert "boom" in (result.error or "")
+    assert runtime.live == {}
+
+
+async def test_dropped_frames_do_not_fill_the_log(
+    tmp_path: Path, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first one is a warning; all are counted."""
+    agent = scripted_agent(frame("hi") + b"".join([framed(b"{}")] * 100), exit_code=0)
+    async with engine_on(tmp_path, FakeRuntime(agent)) as engine:
+        result = await engine.run(GROUP, "Hi", chat_jid=JID)
+
+    assert result.dropped_frames == 100
+    warnings = [r for r in caplog.records if "frame dropped" in r.getMessage()]
+    assert [r.levelno for r in warnings if r.levelno > logging.DEBUG] == [
+        logging.WARNING
+    ]

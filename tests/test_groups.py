@@ -305,11 +305,69 @@ def test_what_is_in_a_group_stays(places: Places, root: Path) -> None:
     assert places.trash.names() == []
 
 
+def _plant(path: Path, what: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if what == "a symlink":
+        (path.parent.parent / "elsewhere").mkdir()
+        path.symlink_to("../elsewhere")
+    else:
+        path.write_text("the operator's")
+
+
+@pytest.mark.parametrize("what", ["a symlink", "a file"])
+@pytest.mark.parametrize("where", ["groups", "data/ipc"])
+def test_what_stands_in_the_place_of_a_group_is_left_alone(
+    places: Places, root: Path, where: str, what: str
+) -> None:
+    """What only the operator can have put there is an error, and stays."""
+    path = root / where / "Family"
+    _plant(path, what)
+    before = path.lstat()
+    open_it = places.open_group if where == "groups" else places.open_ipc
+
+    with pytest.raises(UnsafePathError, match="must be a directory") as caught:
+        open_it(FAMILY)
+
+    assert caught.value.path == str(path)
+    assert path.lstat() == before
+    assert places.trash.names() == []
+
+
+@pytest.mark.parametrize("where", ["groups", "data/ipc"])
+def test_a_group_that_cannot_be_opened_is_left_alone(
+    places: Places, root: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """A directory of the operator's that we may not read is an error, and stays."""
+    path = root / where / "Family"
+    path.mkdir(0o700)
+    real = os.open
+
+    def forbid(name: str, *args: Any, **options: Any) -> int:
+        if name == "Family":
+            raise PermissionError(13, "Permission denied")
+        return real(name, *args, **options)
+
+    # Root, who may run this, may read everything.
+    monkeypatch.setattr(os, "open", forbid)
+    open_it = places.open_group if where == "groups" else places.open_ipc
+
+    with pytest.raises(UnsafePathError, match="opened: Permission") as caught:
+        open_it(FAMILY)
+
+    assert caught.value.path == str(path)
+    assert path.is_dir()
+    assert places.trash.names() == []
+
+
 @pytest.mark.parametrize("name", IPC_SUBDIRECTORIES)
 def test_what_an_agent_planted_in_its_mailbox_is_thrown_away(
-    places: Places, root: Path, tmp_path: Path, name: str
+    places: Places,
+    root: Path,
+    tmp_path: Path,
+    name: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A symlink in a mailbox is not followed, but replaced."""
+    """A symlink in a mailbox is not followed, but replaced, and the log says so."""
     outside = tmp_path / "outside"
     outside.mkdir()
     places.open_ipc(FAMILY).close()
@@ -323,6 +381,9 @@ def test_what_an_agent_planted_in_its_mailbox_is_thrown_away(
     assert not planted.is_symlink()
     assert len(places.trash.names()) == 1
     assert names_in(outside) == []
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert str(planted) in record.getMessage()
 
 
 def test_a_mailbox_that_cannot_be_made_is_not_left_open(

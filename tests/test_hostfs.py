@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import resource
 import socket
@@ -303,6 +304,85 @@ def test_a_directory_is_not_replaced_without_trash(place: Directory) -> None:
         place.write("x", b"ours")
 
     assert place.names() == ["x"]
+
+
+def _swap_temporary(
+    place: Directory, monkeypatch: pytest.MonkeyPatch, publisher: str
+) -> None:
+    """Play the agent that puts a directory where our temporary file was."""
+    publish = getattr(os, publisher)
+
+    def swap(source: str, *args: str, **options: int) -> None:
+        try:
+            publish(source, *args, **options)
+        finally:
+            with suppress(FileNotFoundError):
+                Path(place.path, source).unlink()
+            Path(place.path, source).mkdir()
+
+    monkeypatch.setattr(os, publisher, swap)
+
+
+@pytest.mark.parametrize("replace", [True, False])
+def test_a_file_that_was_published_is_written(
+    place: Directory,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    replace: bool,
+) -> None:
+    """Whatever an agent then does with the temporary name is no failure of ours."""
+    _swap_temporary(place, monkeypatch, "rename" if replace else "link")
+
+    place.write("x", b"ours", replace=replace)
+
+    assert place.read("x") == b"ours"
+
+
+def test_why_a_write_failed_is_not_hidden_by_the_litter(
+    place: Directory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A temporary name that cannot be removed does not replace the error."""
+    Path(place.path, "x").touch()
+    _swap_temporary(place, monkeypatch, "link")
+
+    with pytest.raises(FileExistsError):
+        place.write("x", b"ours", replace=False)
+
+
+def test_a_published_file_is_not_removed_by_its_temporary_name(
+    place: Directory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of an agent's own that got the name in the meantime is not ours."""
+    rename = os.rename
+
+    def again(source: str, *args: str, **options: int) -> None:
+        rename(source, *args, **options)  # type: ignore[arg-type]
+        Path(place.path, source).touch()
+
+    monkeypatch.setattr(os, "rename", again)
+
+    place.write("x", b"ours")
+
+    assert len(place.names()) == 2
+
+
+def test_what_is_moved_away_is_told(
+    place: Directory, trash: Directory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each discard of a wrong type is one warning, on one line; no other is any."""
+    caplog.set_level(logging.DEBUG)
+    Path(place.path, "a\nb").touch()
+    Path(place.path, "c\nd").mkdir()
+    place.subdirectory("a\nb", trash=trash).close()
+    place.write("c\nd", b"ours", trash=trash)
+    place.subdirectory("a\nb", trash=trash).close()
+    place.write("c\nd", b"ours", trash=trash)
+    place.discard("c\nd", trash)
+
+    assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
+        ("WARNING", f"{place.path}/a\\nb must be a directory: moved to the trash"),
+        ("WARNING", f"{place.path}/c\\nd must be a file: moved to the trash"),
+    ]
 
 
 def test_a_reader_sees_all_of_a_file_or_nothing(place: Directory) -> None:

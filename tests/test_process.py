@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -19,6 +20,7 @@ from clawtrio._process import (
     CLIENT_ENVIRONMENT,
     ClientProcess,
     client_environment,
+    in_thread,
     spawn,
 )
 
@@ -354,6 +356,45 @@ def test_the_thread_serves_one_event_loop_after_another() -> None:
     """A second trio.run() in the same process can spawn, too."""
     for _ in range(2):
         assert trio.run(output_of, "echo", "hi") == b"hi\n"
+
+
+async def test_a_thread_is_to_be_had_when_the_application_has_none_left() -> None:
+    """Threads of ours do not wait for those of a bot, which may wait for a run."""
+    limiter = trio.to_thread.current_default_thread_limiter()
+    for _ in range(int(limiter.total_tokens)):
+        limiter.acquire_on_behalf_of_nowait(object())
+    with pytest.raises(trio.WouldBlock):
+        limiter.acquire_nowait()
+
+    with trio.fail_after(10):
+        name = await in_thread(lambda: threading.current_thread().name)
+
+    assert name != threading.current_thread().name
+
+
+def test_a_forked_child_can_spawn() -> None:
+    """A bot that forks after its first run has a thread that spawns in the child."""
+    code = (
+        "import os, signal, trio\n"
+        "from clawtrio._process import spawn\n"
+        "async def run():\n"
+        "    argv = ['sh', '-c', 'exit 7']\n"
+        "    process = await spawn(argv, environment=dict(os.environ))\n"
+        "    code = await process.wait()\n"
+        "    await process.aclose()\n"
+        "    return code\n"
+        "assert trio.run(run) == 7\n"
+        "pid = os.fork()\n"
+        "if pid == 0:\n"
+        # A child that hangs ends, too.
+        "    signal.alarm(20)\n"
+        "    os._exit(trio.run(run))\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))\n"
+    )
+    argv = [PYTHON, "-c", code]
+    done = subprocess.run(argv, check=True, stdout=subprocess.PIPE, timeout=40)
+
+    assert done.stdout == b"7\n"
 
 
 # -- the environment of clients --------------------------------------------------------

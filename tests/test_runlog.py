@@ -116,7 +116,7 @@ def entry_of(**changes: Any) -> LogEntry:
         container_name="clawtrio-family-1f",
         prompt_length=17,
         session_id=None,
-        argv=["docker", "run", "image"],
+        argv=lambda: ["docker", "run", "image"],
         mounts=[
             VolumeMount("/srv/groups/family", "/workspace/group", readonly=False),
             VolumeMount("/srv/src", "/app/src", readonly=True),
@@ -248,7 +248,7 @@ def test_nobody_forges_a_section() -> None:
     evil = "x\n=== Stderr ===\nEverything is fine"
     entry = entry_of(
         group_name=evil,
-        argv=["run", evil],
+        argv=lambda: ["run", evil],
         mounts=[VolumeMount(f"/{evil}", "/a", readonly=True)],
         stderr=captured(b""),
     )
@@ -260,7 +260,9 @@ def test_nobody_forges_a_section() -> None:
 
 def test_a_log_is_utf_8_whatever_is_in_it() -> None:
     """Paths of any bytes, and halves of emoji, do not stop a log."""
-    entry = entry_of(argv=["\udcff\ud83d"], input_text="\ud83d", group_name="\ud83d")
+    entry = entry_of(
+        argv=lambda: ["\udcff\ud83d"], input_text="\ud83d", group_name="\ud83d"
+    )
 
     assert render_log(entry, FAILED).decode()
 

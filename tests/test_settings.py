@@ -111,23 +111,31 @@ GOOD: list[tuple[str, str, Any]] = [
     ("pids", "64", 64),
     ("network", "open", "open"),
     ("run_uid", "1001", 1001),
+    ("run_uid", "4294967294", 2**32 - 2),
     ("min_free_bytes", "0", 0),
     ("assistant_name", "Zo\u00eb the 2nd", "Zo\u00eb the 2nd"),
     ("timezone", "America/Argentina/Buenos_Aires", "America/Argentina/Buenos_Aires"),
     ("timezone", "UTC", "UTC"),
     ("allowlist_path", "/etc/allow.json", "/etc/allow.json"),
-    ("log_retention", "0", 0.0),
+    ("log_retention", "0.5", 0.5),
     ("log_retention", "inf", math.inf),
     ("log_text", "1", True),
     ("log_text", "Off", False),
     ("partial_text", "yes", True),
     ("model", "claude-x", "claude-x"),
     ("agent_env", '{"A_1": "x=$y", "b": ""}', {"A_1": "x=$y", "b": ""}),
+    (
+        "agent_env",
+        '{"CLAUDE_CODE_MAX_OUTPUT_TOKENS": "1", "KEYBOARD": "de", "PATH": "/bin"}',
+        {"CLAUDE_CODE_MAX_OUTPUT_TOKENS": "1", "KEYBOARD": "de", "PATH": "/bin"},
+    ),
+    ("agent_env", '{"HOMEPAGE": "x", "OLD_TZ": "y"}', {"HOMEPAGE": "x", "OLD_TZ": "y"}),
     ("writable_agent_runner", "TRUE", True),
     ("proxy_host", "10.0.0.1", "10.0.0.1"),
     ("proxy_paths", '["/v1/messages"]', ("/v1/messages",)),
     ("max_output_tokens", "100000", 100000),
     ("max_requests", "10", 10),
+    ("max_requests", "9223372036854775807", 2**63 - 1),
 ]
 
 
@@ -234,6 +242,8 @@ BAD: list[tuple[str, Any]] = [
     ("run_uid", 0),
     ("run_uid", "root"),
     ("run_uid", -1),
+    ("run_uid", 2**32 - 1),
+    ("run_uid", "4294967295"),
     ("min_free_bytes", -1),
     ("min_free_bytes", -(10**400)),
     ("assistant_name", ""),
@@ -248,6 +258,8 @@ BAD: list[tuple[str, Any]] = [
     ("timezone", ""),
     ("allowlist_path", ""),
     ("log_retention", -1),
+    ("log_retention", 0),
+    ("log_retention", "0"),
     ("log_retention", "a week"),
     ("log_text", "maybe"),
     ("log_text", 1),
@@ -267,7 +279,18 @@ BAD: list[tuple[str, Any]] = [
     ("agent_env", {"ANTHROPIC_API_KEY": "c"}),
     ("agent_env", {"github_token": "c"}),
     ("agent_env", {"MY_Secret": "c"}),
-    ("agent_env", {"PGPASSWORD": "c"}),
+    ("agent_env", {"FOO_API_KEY": "c"}),
+    ("agent_env", {"KEY_ID": "c"}),
+    ("agent_env", {"PASSWORD": "c"}),
+    ("agent_env", {"AWS_CREDENTIALS_FILE": "c"}),
+    ("agent_env", {"A_CREDENTIAL": "c"}),
+    ("agent_env", {"LD_PRELOAD": "c"}),
+    ("agent_env", {"GLIBC_TUNABLES": "c"}),
+    ("agent_env", {"CLAWTRIO_X": "c"}),
+    ("agent_env", {"HOME": "/"}),
+    ("agent_env", {"TZ": "UTC"}),
+    ("agent_env", {"DBUS_SESSION_BUS_ADDRESS": "c"}),
+    ("agent_env", {"XDG_RUNTIME_DIR": "c"}),
     ("writable_agent_runner", "2"),
     ("proxy_host", ""),
     ("proxy_host", "a b\n"),
@@ -276,6 +299,10 @@ BAD: list[tuple[str, Any]] = [
     ("proxy_paths", "[]"),
     ("max_output_tokens", 0),
     ("max_requests", "-1"),
+    ("max_requests", 2**63),
+    ("max_requests", "9223372036854775808"),
+    ("memory", 2**63),
+    ("memory", "9999999999G"),
 ]
 
 
@@ -445,8 +472,46 @@ def test_relative_paths_are_made_absolute_once(
 
     assert settings.root == str(root / "bot")
     assert settings.groups_dir == str(root / "bot" / "groups")
-    assert settings.data_dir == str(root / "state")
+    assert settings.data_dir == str(root / "bot" / "state")
     assert settings.allowlist_path == str(Path.home() / "a.json")
+
+
+def test_places_are_relative_to_the_root_wherever_one_stands(
+    monkeypatch: pytest.MonkeyPatch, root: Path
+) -> None:
+    """What .env says of a root's places is the same for all who read it."""
+    (root / "bot").mkdir()
+    (root / "bot" / ".env").write_text(
+        "CLAWTRIO_GROUPS_DIR=../chats\nCLAWTRIO_DATA_DIR=state\n"
+        "CLAWTRIO_ALLOWLIST_PATH=allow.json\n"
+    )
+
+    settings = Settings.load("bot")
+    assert settings.groups_dir == str(root / "bot" / ".." / "chats")
+    assert settings.data_dir == str(root / "bot" / "state")
+    assert settings.allowlist_path == str(root / "allow.json")
+
+    monkeypatch.setenv("CLAWTRIO_GROUPS_DIR", "g")
+    monkeypatch.setenv("CLAWTRIO_DATA_DIR", "~/d")
+    settings = Settings.load("bot")
+    assert settings.groups_dir == str(root / "bot" / "g")
+    assert settings.data_dir == str(Path.home() / "d")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "problem"),
+    [
+        ("run_uid", 2**32 - 1, "at most 4294967294"),
+        ("memory", "9999999999G", "at most 9223372036854775807"),
+        ("max_requests", 10**400, "at most 9223372036854775807"),
+        ("agent_env", {"LD_PRELOAD": "x"}, "LD_PRELOAD is reserved"),
+        ("agent_env", {"FOO_API_KEY": "x"}, "FOO_API_KEY looks like a secret"),
+    ],
+)
+def test_an_error_says_what_is_wrong(field: str, value: Any, problem: str) -> None:
+    """The message names the bound or the variable."""
+    with pytest.raises(SettingsError, match=problem):
+        Settings(**{field: value})
 
 
 @pytest.mark.parametrize("unknown", ["~nobody-of-that-name", "a\0b"])

@@ -264,6 +264,24 @@ def test_what_an_agent_does_to_its_mailbox_refuses_follow_ups(
         words.finish()
 
 
+def test_a_directory_in_the_place_of_a_file_is_moved_away(
+    directory: Directory, tmp_path: Path
+) -> None:
+    """An agent cannot keep us from sending or finishing by taking our names."""
+    (tmp_path / "trash").mkdir()
+    for name in ("_close", "00000001-1f.json"):
+        (tmp_path / "input" / name / "inside").mkdir(parents=True)
+    with Directory.at(str(tmp_path / "trash")) as trash:
+        words = FileWords(FIRST, directory, "1f", trash=trash)
+        words.send(1, "x")
+        words.finish()
+
+        assert len(trash.names()) == 2
+    assert json.loads(directory.read("00000001-1f.json") or b"")["text"] == "x"
+    assert directory.read("_close") == b""
+    assert words.unread() == {0, 1}
+
+
 # -- the writer ------------------------------------------------------------------------
 
 LOG = RunLogger(logging.getLogger("clawtrio.test"), {"group": "family", "run": "1f"})

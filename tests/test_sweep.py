@@ -90,8 +90,16 @@ def dead_engine(places: Places, runtime: str = "docker") -> str:
     return engine.engine_id
 
 
+def pass_time(places: Places, seconds: float) -> None:
+    """Have the files of engines be older."""
+    for name in places.engines.names():
+        path = Path(places.engines.path, name)
+        modified = path.stat().st_mtime - seconds
+        os.utime(path, (modified, modified))
+
+
 async def test_what_a_dead_engine_left_is_removed(places: Places) -> None:
-    """Its containers and then its file go, and are told."""
+    """Its containers go, and are told; later its file goes."""
     runtime = Shelf()
     dead = dead_engine(places)
     runtime.put("a", root=places.root_id, engine=dead, run="1")
@@ -101,7 +109,55 @@ async def test_what_a_dead_engine_left_is_removed(places: Places) -> None:
 
     assert {container.id for container in removed} == {"a", "b"}
     assert runtime.containers == {}
+    pass_time(places, 15)
+    assert await sweep(places, runtime) == []
     assert places.engines.names() == []
+
+
+async def test_a_container_that_comes_late_is_removed(places: Places) -> None:
+    """One that was being made when its engine died is found by a later sweep."""
+    runtime = Shelf()
+    dead = dead_engine(places)
+    pass_time(places, 1_000_000)
+    assert await sweep(places, runtime) == []
+    pass_time(places, 10)
+    assert await sweep(places, runtime) == []
+    assert places.engines.names() == [dead]
+    runtime.put("late", root=places.root_id, engine=dead)
+
+    pass_time(places, 10)
+    assert len(await sweep(places, runtime)) == 1
+    assert places.engines.names() == []
+
+
+async def test_a_clock_that_was_set_back_keeps_no_file(places: Places) -> None:
+    """A death in the future was long enough ago."""
+    dead_engine(places)
+    await sweep(places, Shelf())
+    pass_time(places, -1_000_000)
+    await sweep(places, Shelf())
+
+    assert places.engines.names() == []
+
+
+async def test_a_file_that_cannot_be_marked_is_kept(
+    places: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk does not keep a sweep from what it is for."""
+    runtime = Shelf()
+    dead = dead_engine(places)
+    runtime.put("a", root=places.root_id, engine=dead)
+
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    for _ in range(2):
+        await sweep(places, runtime)
+        pass_time(places, 1000)
+
+    assert runtime.containers == {}
+    assert places.engines.names() == [dead]
 
 
 async def test_a_live_engine_s_are_left_alone(places: Places) -> None:
@@ -141,6 +197,10 @@ async def test_another_runtime_s_are_left_for_its_own_sweep(places: Places) -> N
     assert await sweep(places, docker) == []
     assert places.engines.names() == [dead]
     assert len(await sweep(places, podman)) == 1
+    pass_time(places, 15)
+    assert await sweep(places, docker) == []
+    assert places.engines.names() == [dead]
+    assert await sweep(places, podman) == []
     assert places.engines.names() == []
 
 
@@ -155,10 +215,14 @@ async def test_what_cannot_be_removed_is_tried_again(places: Places) -> None:
     with pytest.raises(RuntimeUnavailableError):
         await sweep(places, runtime)
     assert list(runtime.containers) == ["a"]
+    pass_time(places, 15)
+    with pytest.raises(RuntimeUnavailableError):
+        await sweep(places, runtime)
     assert places.engines.names() == [dead]
     runtime.stuck = set()
 
     assert len(await sweep(places, runtime)) == 1
+    assert places.engines.names() == []
 
 
 @pytest.mark.parametrize(("slowness", "method"), [(16.0, "find"), (14.0, None)])
@@ -272,21 +336,24 @@ async def test_an_engine_that_is_just_starting_is_alive(places: Places) -> None:
     assert await sweep(places, runtime) != []
 
 
+@pytest.mark.parametrize("method", ["names", "read"])
 async def test_an_engine_s_file_may_go_during_a_sweep(
-    places: Places, monkeypatch: pytest.MonkeyPatch
+    places: Places, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     """An engine that leaves in order while a sweep looks is no error."""
     engine = EngineFile(places.engines, "docker")
-    names = Directory.names
+    look = getattr(Directory, method)
 
-    def late(self: Directory) -> list[str]:
-        found = names(self)
+    def late(self: Directory, *args: str) -> object:
+        found = look(self, *args)
         engine.release(clean=True)
         return found
 
-    monkeypatch.setattr(Directory, "names", late)
+    with monkeypatch.context() as patch:
+        patch.setattr(Directory, method, late)
+        assert await sweep(places, Shelf()) == []
 
-    assert await sweep(places, Shelf()) == []
+    assert places.engines.names() == []
 
 
 async def test_a_name_in_the_log_stays_on_its_line(

@@ -8,13 +8,13 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Final
 
 import attrs
 import trio
 
 from ._bwrap_argv import (
-    WORKING_DIRECTORY,
     Data,
     Host,
     command,
@@ -34,8 +34,14 @@ from ._bwrap_procs import (
 )
 from ._errors import NotStartedError, RuntimeUnavailableError
 from ._models import VolumeMount
-from ._process import ClientProcess, client_environment, spawn
-from ._runtimes import Container, ContainerSpec, FoundContainer, HeldMount
+from ._process import ClientProcess, client_environment, in_thread, spawn
+from ._runtimes import (
+    WORKSPACE_GROUP,
+    Container,
+    ContainerSpec,
+    FoundContainer,
+    HeldMount,
+)
 
 log = logging.getLogger("clawtrio.bwrap")
 
@@ -120,19 +126,17 @@ class BwrapRuntime:
     def argv(self, spec: ContainerSpec) -> list[str]:
         """Return the command line for *spec* as a person would write it.
 
-        It is for reading: sources stand where descriptors are passed.
+        It is for reading: sources stand where descriptors are passed, and nobody is
+        counted for the limit of processes.
         """
         host = self._known_host()
         shown = [readable(option) for option in options(spec, host)]
-        tasks = count_tasks(spec.uid) if _shares_count(host) else 0
-        inside = command(spec, host, tasks_elsewhere=tasks)
+        inside = command(spec, host, tasks_elsewhere=0)
         return [*launcher(spec, host), *shown, "--", *inside]
 
     async def find(self, labels: Mapping[str, str]) -> Sequence[FoundContainer]:
         """List the sandboxes of this host's user that carry all of *labels*."""
-        return await trio.to_thread.run_sync(
-            find_sandboxes, labels, abandon_on_cancel=True
-        )
+        return await in_thread(partial(find_sandboxes, labels), abandon_on_cancel=True)
 
     async def remove(self, container_id: str) -> None:
         """Kill a sandbox, and wait until it is gone.
@@ -140,8 +144,8 @@ class BwrapRuntime:
         Raises:
             RuntimeUnavailableError: If it is another user's.
         """
-        processes = await trio.to_thread.run_sync(
-            sandbox_of, container_id, abandon_on_cancel=True
+        processes = await in_thread(
+            partial(sandbox_of, container_id), abandon_on_cancel=True
         )
         with ExitStack() as held:
             pidfds = []
@@ -187,9 +191,7 @@ async def _start(
     wanted = options(spec, host)
     tasks = 0
     if _shares_count(host):
-        tasks = await trio.to_thread.run_sync(
-            count_tasks, spec.uid, abandon_on_cancel=True
-        )
+        tasks = await in_thread(partial(count_tasks, spec.uid), abandon_on_cancel=True)
     inside = command(spec, host, tasks_elsewhere=tasks, program=program)
     # From here on nothing can be cancelled: spawn() is not, once it has begun.
     with ExitStack() as ours, ExitStack() as passed:
@@ -221,11 +223,27 @@ async def _start(
             pass_fds=fds,
         )
         ours.pop_all()
+        container = BwrapContainer(client, report)
         if host.is_root:
-            # Or a shell inside could not open its own /dev/stderr.
-            for stream in (client.stdin, client.stdout, client.stderr):
-                os.fchown(stream.fileno(), spec.uid, spec.gid)
-        return BwrapContainer(client, report)
+            try:
+                # Or a shell inside could not open its own /dev/stderr.
+                for stream in (client.stdin, client.stdout, client.stderr):
+                    os.fchown(stream.fileno(), spec.uid, spec.gid)
+            except OSError as exc:
+                # We are the root of a user namespace that has no such user.
+                with trio.CancelScope(shield=True):
+                    await _discard(container)
+                problem = f"cannot give the pipes to uid {spec.uid}: {exc.strerror}"
+                raise NotStartedError(problem) from exc
+        return container
+
+
+async def _discard(container: BwrapContainer) -> None:
+    """Kill a sandbox that nobody will see, and give back what it has. Bounded."""
+    with trio.move_on_after(_REAP_TIMEOUT):
+        await container.kill()
+        await container.wait()
+    await container.aclose()
 
 
 def _memfd(data: Data, passed: ExitStack) -> int:
@@ -270,7 +288,7 @@ def _probe_spec(host: Host) -> Iterator[ContainerSpec]:
     fd = os.open("/usr", os.O_PATH)
     try:
         found = os.fstat(fd)
-        mount = VolumeMount("/usr", WORKING_DIRECTORY, readonly=True)
+        mount = VolumeMount("/usr", WORKSPACE_GROUP, readonly=True)
         yield ContainerSpec(
             name="clawtrio-probe",
             labels={},

@@ -8,7 +8,7 @@ to keep when changing this:
   the root of a bot may be a virtual environment at once, with its ``.env`` in it.
 - Mounts below a tmpfs come after it; ``--remount-ro`` comes last. /proc is read-only
   so that the reaper's memory cannot be written to (see :mod:`clawtrio._seccomp`).
-- No process in the sandbox has uid 0 on the host. Root therefore makes no user
+- No process of the agent has uid 0 on the host. Root therefore makes no user
   namespace, and leaves its uid inside by ``setpriv``; its three capabilities end there.
 - The process environment of bwrap is the sandbox's; options would show it to ``ps``.
 """
@@ -22,12 +22,18 @@ from typing import Final, TypeAlias
 import attrs
 
 from ._errors import NotStartedError
-from ._runtimes import LABEL_ENGINE, LABEL_ROOT, LABEL_RUN, ContainerSpec, HeldMount
+from ._runtimes import (
+    HOME,
+    LABEL_ENGINE,
+    LABEL_ROOT,
+    LABEL_RUN,
+    RUNNER,
+    WORKSPACE_GROUP,
+    ContainerSpec,
+    HeldMount,
+)
 from ._seccomp import seccomp_filter
 
-HOME: Final = "/home/node"
-WORKING_DIRECTORY: Final = "/workspace/group"
-RUNNER: Final = "/app/src"
 HOSTNAME: Final = "clawtrio"
 _TMP: Final = "/tmp"  # noqa: S108 - the sandbox's own
 _SHM: Final = "/dev/shm"  # noqa: S108 - likewise
@@ -44,6 +50,10 @@ _SHM_SIZE: Final = 64 * 2**20
 #: One file. There is no quota: this and Settings.min_free_bytes stand in for it.
 _FILE_SIZE: Final = 2**30
 _OPEN_FILES: Final = 8192
+
+_PATH: Final = "/usr/local/bin:/usr/bin:/bin"
+#: What the dynamic linker obeys: it would do so in bwrap already, outside.
+_LINKER: Final = ("LD_", "GLIBC_")
 
 _CAPABILITIES: Final = ("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP")
 
@@ -105,8 +115,17 @@ class Host:
 
 
 def environment(spec: ContainerSpec, host: Host) -> dict[str, str]:
-    """Return the environment for bwrap: the agent's, and what is unset on the way."""
-    return {**host.scope_environment, **spec.environment, **_labels(spec)}
+    """Return the environment for bwrap: the agent's, and what is unset on the way.
+
+    All that starts before the agent has it, too: nothing in it may reach them there.
+    """
+    agents = {
+        name: value
+        for name, value in spec.environment.items()
+        if not name.startswith(_LINKER)
+    }
+    path = f"{PurePosixPath(host.python).parent}:{_PATH}"
+    return {**host.scope_environment, "PATH": path, **agents, **_labels(spec)}
 
 
 def launcher(spec: ContainerSpec, host: Host) -> list[str]:
@@ -189,7 +208,7 @@ def options(spec: ContainerSpec, host: Host) -> list[Option]:
         *_system(spec, host),
         *_mounts(spec, host),
         *("--remount-ro", "/dev", "--remount-ro", "/proc", "--remount-ro", "/"),
-        *("--chdir", WORKING_DIRECTORY),
+        *("--chdir", WORKSPACE_GROUP),
         *("--seccomp", Data("seccomp", seccomp_filter(host.machine))),
         *("--json-status-fd", Report()),
     ]

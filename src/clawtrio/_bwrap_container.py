@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+from functools import partial
 from typing import Final
 
 import trio
 from trio.lowlevel import FdStream
 
 from ._bwrap_procs import find_agent, open_process, read_process, signal_process
-from ._process import ClientProcess
+from ._process import ClientProcess, in_thread
+from ._text import one_line
 
 #: What is granted for a report that bwrap should have made already.
 _REPORT_TIMEOUT: Final = 0.5
@@ -30,7 +33,14 @@ _REAP_TIMEOUT: Final = 5.0
 _SIGNALLED: Final = 128
 #: What those that come before the agent exit with when they fail.
 _TOOL_FAILED: Final = frozenset({1, 126, 127})
-_TOOLS: Final = ("setpriv: ", "prlimit: ")
+#: What util-linux has them say then; the agent can say so, too, but little else.
+_TOOL_MESSAGE: Final = re.compile(
+    r"(?:setpriv|prlimit): failed to execute .+"
+    r"|setpriv: (?:(?:set(?:resuid|resgid|groups)|disallow granting new privileges"
+    r"|set process securebits) failed|apply (?:bounding set|capabilities)"
+    r"|(?:re)?activate capabilities): .+"
+    r"|prlimit: failed to (?:[gs]et the \w+ resource|get old \w+) limit: .+"
+)
 
 
 class BwrapContainer:
@@ -128,11 +138,11 @@ class BwrapContainer:
         lines = [line for line in stderr.splitlines() if line.strip()]
         last = lines[-1] if lines else ""
         if b'"exit-code"' in self._report:
-            tool_failed = exit_code in _TOOL_FAILED and last.startswith(_TOOLS)
-            return last if tool_failed else None
+            tool_failed = exit_code in _TOOL_FAILED and _TOOL_MESSAGE.fullmatch(last)
+            return one_line(last) if tool_failed else None
         if exit_code >= _SIGNALLED:
             return None
-        return last or f"bwrap left with code {exit_code}"
+        return one_line(last) or f"bwrap left with code {exit_code}"
 
     async def aclose(self) -> None:
         """Give back pipes and descriptors."""
@@ -168,9 +178,7 @@ class BwrapContainer:
         reaper = read_process(self._reaper_pid) if self._reaper is not None else None
         if reaper is None:
             return False
-        agent = await trio.to_thread.run_sync(
-            find_agent, reaper, abandon_on_cancel=True
-        )
+        agent = await in_thread(partial(find_agent, reaper), abandon_on_cancel=True)
         pidfd = open_process(agent) if agent is not None else None
         if pidfd is None:
             return False

@@ -217,7 +217,8 @@ class Conversation:
             note("stopped")
         elif result.status == "error":
             hint = "; --new-session would not resume the last one" if resumed else ""
-            complain(f"{result.error} (log: {result.log_path}{hint})")
+            error = str(result.error).rstrip(": \n")
+            complain(f"{error} (log: {result.log_path}{hint})")
         elif not self._finished:
             note(f"the run is over ({result.ending.value}); chat again to resume it")
 

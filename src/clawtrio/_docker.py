@@ -16,6 +16,7 @@ import re
 import resource
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Final
 
@@ -24,11 +25,14 @@ import trio
 from ._errors import NotStartedError, RuntimeUnavailableError, UnsafePathError
 from ._flavours import HINT, Answer, EngineInfo, Flavour, ask, tidy
 from ._mounts import check_mountable
-from ._process import ClientProcess, client_environment, spawn
+from ._process import ClientProcess, client_environment, in_thread, spawn
 from ._runtimes import (
+    HOME,
     LABEL_ENGINE,
     LABEL_ROOT,
     LABEL_RUN,
+    RUNNER,
+    WORKSPACE_GROUP,
     ContainerSpec,
     FoundContainer,
     HeldMount,
@@ -46,6 +50,8 @@ _FIRST_LOOK: Final = 0.1
 _LOOK_AGAIN: Final = 0.02
 _LOOK_SELDOM: Final = 0.5
 
+#: What the client exits with when it, or the init, starts nothing.
+_FAILED: Final = frozenset({1, 125, 126, 127})
 _GONE: Final = re.compile(
     r"no such container|no container with|is not running|only kill running"
     r"|is already in progress",
@@ -127,7 +133,7 @@ class DockerRuntime:
         argv += ["--pids-limit", f"{spec.pids}", "--ulimit", "core=0:0"]
         argv += ["--ulimit", f"nofile={_open_files()}:{_open_files()}"]
         argv += ["--log-driver", "none", "--network", "none", "--pull", "never"]
-        argv += ["--stop-signal", "SIGTERM", "--workdir", "/workspace/group"]
+        argv += ["--stop-signal", "SIGTERM", "--workdir", WORKSPACE_GROUP]
         argv += ["--no-healthcheck", *flavour.options]
         if os.geteuid() != 0:
             argv += flavour.rootless_options
@@ -136,7 +142,7 @@ class DockerRuntime:
             tmpfs = f"{flavour.tmpfs},size={spec.memory // 2},mode="
             owned = flavour.tmpfs_owned.format(uid=spec.uid, gid=spec.gid)
             argv += ["--read-only", "--tmpfs", f"/tmp:{tmpfs}1777"]  # noqa: S108
-            argv += ["--tmpfs", f"/home/node:{tmpfs}0700,{owned}"]
+            argv += ["--tmpfs", f"{HOME}:{tmpfs}0700,{owned}"]
         environment = {**dict.fromkeys(flavour.silenced, ""), **spec.environment}
         for name, value in environment.items():
             argv += ["-e", f"{name}={value}"]
@@ -150,7 +156,7 @@ class DockerRuntime:
             csv.writer(line, lineterminator="").writerow(option)
             argv += ["--mount", line.getvalue()]
         if self.takes_runner or spec.arguments:
-            argv += ["--entrypoint", "python3", self._image, "/app/src"]
+            argv += ["--entrypoint", "python3", self._image, RUNNER]
             return [*argv, *spec.arguments]
         return [*argv, self._image]
 
@@ -233,8 +239,8 @@ class DockerContainer:
         if self._seen is None:
             return
         mounts = self._spec.mounts
-        replaced, unread = await trio.to_thread.run_sync(
-            _compare_mounts, *self._seen, mounts, abandon_on_cancel=True
+        replaced, unread = await in_thread(
+            partial(_compare_mounts, *self._seen, mounts), abandon_on_cancel=True
         )
         if unread:
             log.debug("%s: mounts not compared: %s", self._spec.name, unread)
@@ -283,10 +289,13 @@ class DockerContainer:
         self._process.kill()
 
     def start_failure(self, exit_code: int, stderr: str) -> str | None:
+        # Neither the client nor an init ends otherwise; an agent may quote them.
+        if exit_code not in _FAILED:
+            return None
         lines = [line for line in stderr.splitlines() if line.strip()]
         for match in filter(None, map(_INIT_MESSAGE.match, lines)):
             return tidy(match[1])
-        if exit_code not in {125, 126, 127} or self._seen is not None:
+        if exit_code == 1 or self._seen is not None:
             return None
         for match in filter(None, map(_OWN_MESSAGE.match, lines)):
             return tidy(match[1])

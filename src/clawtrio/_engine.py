@@ -25,12 +25,15 @@ from ._groups import Places, open_places
 from ._hostfs import Directory
 from ._models import AgentOutput, Group, RunResult
 from ._mounts import hold_mounts
+from ._process import in_thread
 from ._run import Run, RunLogger
 from ._runlog import LogEntry, log_name, prune_logs, render_log
 from ._runtimes import (
+    HOME,
     LABEL_ENGINE,
     LABEL_ROOT,
     LABEL_RUN,
+    RUNTIME_FAILURES,
     ContainerSpec,
     Runtime,
     ask_within,
@@ -98,8 +101,8 @@ class Engine:
 
     @property
     def runs(self) -> tuple[Run, ...]:
-        """The live runs, the oldest first."""
-        return tuple(self._runs.value)
+        """The live runs, the oldest first; not those that are still starting."""
+        return tuple(run for run in self._runs.value if run.begun)
 
     @asynccontextmanager
     async def open_run(
@@ -248,7 +251,7 @@ class Engine:
                 container_name=spec.name,
                 prompt_length=len(container_input.prompt),
                 session_id=container_input.session_id,
-                argv=self.runtime.argv(spec),
+                argv=partial(self.runtime.argv, spec),
                 mounts=[held.mount for held in spec.mounts],
                 input_text=(
                     encode_input(container_input).decode()
@@ -266,6 +269,7 @@ class Engine:
                 if not run.gone:
                     self._look_for(run)
                 raise
+            run.begun = True
             # No checkpoint between the start and this: the container has an owner.
             keep = stack.pop_all()
             supervise = partial(
@@ -308,20 +312,20 @@ class Engine:
         try:
             logs.write(result.log_path.name, render_log(entry, result), mode=0o600)
             prune_logs(logs, self.settings.log_retention)
-        except OSError as exc:
+        except RUNTIME_FAILURES as exc:
             logger.warning("cannot write the run's log: %s", exc)
 
     async def _offload(self, fn: Callable[[], T]) -> T:
         """Call what may take a while in a thread, but under a mock clock here."""
         if not self.runtime.in_process:
-            return await trio.to_thread.run_sync(fn)
+            return await in_thread(fn)
         return fn()
 
     def _look_for(self, run: Run) -> None:
         self._janitor.look_for(run.id, run.container_name, insist=not run.gone)
 
     def _forget(self, run: Run) -> None:
-        self._runs.value = tuple(live for live in self.runs if live is not run)
+        self._runs.value = tuple(live for live in self._runs.value if live is not run)
 
     def _timeouts(self, group: Group) -> Timeouts:
         return Timeouts(
@@ -354,7 +358,7 @@ class Engine:
             mounts=mounts,
             environment={
                 "TZ": settings.timezone,
-                "HOME": "/home/node",
+                "HOME": HOME,
                 "LANG": "C.UTF-8",
                 **settings.agent_env,
             },
@@ -381,7 +385,13 @@ class Engine:
         ipc.discard("input", self._places.trash)
         stack.callback(self._clear_input, ipc)
         directory = stack.enter_context(self._places.open_in_ipc(ipc, "input"))
-        return FileWords(line, directory, run_id, self._places.owner)
+        return FileWords(
+            line,
+            directory,
+            run_id,
+            self._places.owner,
+            trash=self._places.trash,
+        )
 
     def _clear_input(self, ipc: Directory) -> None:
         try:
@@ -409,7 +419,7 @@ class Engine:
                 self._check_space()
             except NotStartedError as exc:
                 log.error("stopping all runs: %s", exc)  # noqa: TRY400 - no bug
-                for run in self.runs:
+                for run in self._runs.value:
                     run.stop()
             except OSError as exc:
                 log.warning("cannot tell how much space is free: %s", exc)
@@ -427,7 +437,7 @@ class Engine:
     async def close(self) -> bool:
         """Stop all runs and see them off; False if a container may be left."""
         self._closing = True
-        for run in self.runs:
+        for run in self._runs.value:
             run.leave()
         with trio.CancelScope(shield=True):
             await self._runs.wait_value(operator.not_)

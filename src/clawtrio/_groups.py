@@ -7,6 +7,10 @@
     data/logs/<folder>          run logs, never mounted
     data/locks, data/engines    locks, never mounted
     data/trash                  what waits to be deleted, never mounted
+
+No agent can write where the groups' folders and mailboxes are: what stands there in
+the place of one is the operator's, and an error. In a mailbox it is the agent's doing,
+and is moved to the trash.
 """
 
 from __future__ import annotations
@@ -81,14 +85,20 @@ class Places:
             yield
 
     def open_group(self, group: Group) -> Directory:
-        """Open the group's own directory; made if need be."""
-        return self._groups.subdirectory(
-            group.folder, trash=self.trash, owner=self.owner
-        )
+        """Open the group's own directory; made if need be.
+
+        Raises:
+            UnsafePathError: If something else is there, or it cannot be opened.
+        """
+        return self._groups.subdirectory(group.folder, owner=self.owner)
 
     def open_ipc(self, group: Group) -> Directory:
-        """Open the group's mailbox, with all that belongs in it."""
-        ipc = self._ipc.subdirectory(group.folder, trash=self.trash, owner=self.owner)
+        """Open the group's mailbox, with all that belongs in it.
+
+        Raises:
+            UnsafePathError: If something else is there, or it cannot be opened.
+        """
+        ipc = self._ipc.subdirectory(group.folder, owner=self.owner)
         try:
             for name in IPC_SUBDIRECTORIES:
                 self.open_in_ipc(ipc, name).close()

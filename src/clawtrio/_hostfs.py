@@ -5,13 +5,15 @@ read or write, and may do so between two system calls. Hence every name is resol
 against an open directory, one component at a time and never through a symlink; every
 open is non-blocking (a FIFO or a lease would hold it); what was opened is looked at
 through its descriptor; files are written under a temporary name and renamed over.
-What stands in our place and is of the wrong type is moved to the trash, unopened.
+What stands in our place and is of the wrong type is moved to the trash, unopened, and
+the log says so.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import secrets
 import stat
@@ -25,6 +27,9 @@ from typing import Final, Self
 import attrs
 
 from ._errors import UnsafePathError
+from ._text import one_line
+
+log = logging.getLogger(__name__)
 
 #: How many entries of a directory are looked at. NanoClaw's mailboxes hold a few.
 MAX_ENTRIES: Final = 1000
@@ -113,9 +118,13 @@ class Directory:
                     os.mkdir(name, mode, dir_fd=self._fd)
                     made = True
             except OSError as exc:
+                if exc.errno not in {errno.ENOTDIR, errno.ELOOP}:
+                    problem = f"cannot be opened: {exc.strerror}"
+                else:
+                    problem = "must be a directory"
                 if exc.errno not in _WRONG_TYPE or trash is None:
-                    raise UnsafePathError(path, "must be a directory") from exc
-                self.discard(name, trash)
+                    raise UnsafePathError(path, problem) from exc
+                self._discard_wrong(name, trash, problem)
             else:
                 if made:
                     _give(fd, owner)
@@ -191,6 +200,7 @@ class Directory:
         temporary = f".{_start_of(name)}.{secrets.token_hex(8)}.tmp"
         flags = _FLAGS | os.O_WRONLY | os.O_CREAT | os.O_EXCL
         fd = os.open(temporary, flags, mode, dir_fd=self._fd)
+        litter = True
         try:
             with os.fdopen(fd, "wb") as file:
                 _give(fd, owner)
@@ -201,10 +211,15 @@ class Directory:
             except IsADirectoryError:
                 if trash is None:
                     raise
-                self.discard(name, trash)
+                self._discard_wrong(name, trash, "must be a file")
                 os.rename(temporary, name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
+            # A link leaves the temporary name; a rename leaves it to the agent.
+            litter = not replace
         finally:
-            self.remove(temporary)
+            if litter:
+                # An agent may have done anything to it: no matter for the outcome.
+                with suppress(OSError):
+                    self.remove(temporary)
 
     def remove(self, name: str) -> None:
         """Remove a file, if it is there."""
@@ -221,6 +236,12 @@ class Directory:
                 # The ".." of a directory changes, which asks for leave to write in it.
                 self._permit(name)
                 os.rename(name, target, src_dir_fd=self._fd, dst_dir_fd=trash._fd)
+
+    def _discard_wrong(self, name: str, trash: Directory, problem: str) -> None:
+        """Move what is of the wrong type to the trash; it may have been of use."""
+        path = one_line(f"{self.path}/{name}")
+        log.warning("%s %s: moved to the trash", path, problem)
+        self.discard(name, trash)
 
     def _permit(self, name: str) -> None:
         """Let us write in a directory of ours, whatever its mode."""

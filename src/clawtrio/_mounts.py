@@ -13,11 +13,9 @@ from ._errors import UnsafePathError
 from ._groups import Places
 from ._hostfs import Directory
 from ._models import Group, VolumeMount
-from ._runtimes import HeldMount
+from ._runtimes import RUNNER, WORKSPACE_GROUP, HeldMount
 
-WORKSPACE_GROUP: Final = "/workspace/group"
 WORKSPACE_IPC: Final = "/workspace/ipc"
-RUNNER: Final = "/app/src"
 
 _CONTROL: Final = re.compile("[\0-\x1f\x7f-\x9f]")
 

@@ -22,35 +22,35 @@ import math
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import attrs
 import trio
 
-from ._errors import ClawtrioError, NotStartedError, RunClosedError
+from ._errors import NotStartedError, RunClosedError
 from ._handover import Handover
 from ._markers import MarkerParser
 from ._models import AgentOutput, DroppedFrame, Ending, Group, RunResult
 from ._runlog import Capture
-from ._runtimes import Container, ContainerSpec, Runtime
+from ._runtimes import RUNTIME_FAILURES, Container, ContainerSpec, Runtime
 from ._settings import MIB, Settings
 from ._stdin import Words, write_words
 from ._teardown import Supervised, bring_down
 from ._text import one_line
 from ._turns import Then, Turns
 
-#: The least reading time for what a process left in its pipes, so that a drain_grace
-#: of 0 loses nothing that was written before the exit.
-_DRAIN_FLOOR = 0.1
+#: How much is read of a pipe when the time for it is over: far more than it holds.
+_OVERTIME_BYTES: Final = 16 * MIB
+#: In how many rounds of the event loop a read gets what is there: it takes two.
+_READ_ROUNDS: Final = 5
 #: How much of stderr an error quotes, as NanoClaw does.
-_QUOTED_STDERR = 200
+_QUOTED_STDERR: Final = 200
 #: Enough of stderr to find a runtime's own message in.
-_KEPT_STDERR = 4096
-
+_KEPT_STDERR: Final = 4096
 #: Seconds between two looks for who iterated over a run, in the long run.
-_TAKER_INTERVAL = 60.0
+_TAKER_INTERVAL: Final = 60.0
 
-_KILLED = 128 + 9
+_KILLED: Final = 128 + 9
 
 
 class RunLogger(logging.LoggerAdapter[logging.Logger]):
@@ -78,7 +78,8 @@ class _Pipe:
 
     def __init__(self, stream: trio.abc.ReceiveStream, drain_grace: float) -> None:
         self._stream = stream
-        self._left = max(drain_grace, _DRAIN_FLOOR)
+        self._left = drain_grace
+        self._overtime = _OVERTIME_BYTES
         self._draining_since = math.inf
         self._scope = trio.CancelScope()
 
@@ -94,11 +95,37 @@ class _Pipe:
         with trio.CancelScope() as self._scope:
             if started >= self._draining_since:
                 self._scope.deadline = started + self._left
-            # A broken stream is as good as its end: nothing more will come.
-            with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-                chunk = bytes(await self._stream.receive_some())
+            chunk = await self._receive()
         since = max(started, self._draining_since)
         self._left -= max(0, trio.current_time() - since)
+        if self._scope.cancelled_caught and self._overtime > 0:
+            chunk = await self._receive_at_once()
+            self._overtime -= len(chunk)
+        return chunk
+
+    async def _receive(self) -> bytes:
+        # A broken stream is as good as its end: nothing more will come.
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            return bytes(await self._stream.receive_some())
+        return b""
+
+    async def _receive_at_once(self) -> bytes:
+        """Return what is there already. That time ran out may be our own doing.
+
+        It gets rounds of the event loop rather than time, which a task of the
+        application that blocks the loop would use up.
+        """
+        chunk = b""
+
+        async def receive() -> None:
+            nonlocal chunk
+            chunk = await self._receive()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(receive)
+            for _ in range(_READ_ROUNDS):
+                await trio.lowlevel.checkpoint()
+            nursery.cancel_scope.cancel()
         return chunk
 
 
@@ -157,6 +184,8 @@ class Run:
         self.last_text: str | None = None
         """What :attr:`RunResult.result` will be."""
         self._result: RunResult | None = None
+        self.begun = False
+        """Whether its client process was started."""
         self.gone = True
         """Whether the container is known to be gone, or left in order."""
 
@@ -171,7 +200,8 @@ class Run:
             RuntimeError: If it has not.
         """
         if self._result is None:
-            raise RuntimeError(f"run {self.id} is not over")
+            how = "was ended by a bug" if self._over.is_set() else "is not over"
+            raise RuntimeError(f"run {self.id} {how}")
         return self._result
 
     async def send(self, text: str) -> None:
@@ -213,7 +243,10 @@ class Run:
         self._handover.abandon()
 
     async def wait(self) -> RunResult:
-        """Wait until the run is over. Outputs that nobody asks for are discarded."""
+        """Wait until the run is over. Outputs that nobody asks for are discarded.
+
+        While another task is busy with an output, that task may ask for the next one.
+        """
         seconds = 1.0
         with self._handover.waiting():
             while True:
@@ -250,13 +283,15 @@ class Run:
             UnsafePathError: If a mount cannot be told to the runtime.
         """
         seconds = self._settings.command_timeout
+        # Who knows what a runtime that is interrupted has begun.
+        self.gone = False
         try:
             with trio.move_on_after(seconds) as self._patience:
-                return await self._runtime.start(spec)
+                container = await self._runtime.start(spec)
+                self.gone = True
+                return container
         except OSError as exc:
             raise NotStartedError(f"cannot start {spec.name}: {exc}") from exc
-        # Who knows what a runtime that had to be interrupted has begun.
-        self.gone = False
         if self._cause is not None:
             raise NotStartedError(f"{spec.name} was stopped before it had started")
         problem = f"{self._runtime.name} started no container within {seconds:g} s"
@@ -314,6 +349,9 @@ class Run:
                 with trio.CancelScope() as self._patience:
                     self._restart_clock()
                     await supervised.wait()
+                if supervised.lost is not None:
+                    self._end(Ending.FAILED, f"Container was lost: {supervised.lost}")
+                    break
                 # A frame may have moved the deadline after it had fired.
                 late = trio.current_time() >= self._patience.deadline
                 if late and supervised.exit_code is None:
@@ -338,7 +376,7 @@ class Run:
         try:
             with trio.move_on_after(seconds) as scope:
                 await supervised.container.verify()
-        except ClawtrioError as exc:
+        except RUNTIME_FAILURES as exc:
             self._end(Ending.NOT_STARTED, str(exc))
             return
         if scope.cancelled_caught:
@@ -372,9 +410,11 @@ class Run:
         self, event: AgentOutput | DroppedFrame, unread: frozenset[int]
     ) -> None:
         if isinstance(event, DroppedFrame):
+            # Once: an agent could fill the host's log with them.
+            level = logging.DEBUG if self._dropped else logging.WARNING
             self._dropped += 1
-            self._logger.warning(
-                "frame dropped: %s, %d bytes", event.reason, event.size
+            self._logger.log(
+                level, "frame dropped: %s, %d bytes", event.reason, event.size
             )
             return
         self._turns.take(event, unread)
@@ -429,7 +469,7 @@ class Run:
             if message is not None:
                 return Ending.NOT_STARTED, message
         if self._cause is not None:
-            return self._cause, None
+            return self._cause, self._problem
         if code == 0:
             return Ending.EXITED, None
         said = said[-_QUOTED_STDERR:]

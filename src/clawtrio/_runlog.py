@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 
 import attrs
@@ -64,7 +64,7 @@ class LogEntry:
     container_name: str
     prompt_length: int
     session_id: str | None
-    argv: Sequence[str]
+    argv: Callable[[], Sequence[str]]
     mounts: Sequence[VolumeMount]
     input_text: str | None
     stdout: Capture | None
@@ -105,7 +105,7 @@ def render_log(entry: LogEntry, result: RunResult) -> bytes:
         summary = f"Prompt length: {entry.prompt_length} chars\nSession ID: "
         sections.append(("Input Summary", summary + (entry.session_id or "new")))
     if is_error:
-        sections.append(("Container Args", one_line(" ".join(entry.argv))))
+        sections.append(("Container Args", one_line(" ".join(entry.argv()))))
     sections.append(("Mounts", _list_mounts(entry.mounts, with_source=is_error)))
     if is_error:
         title = "Stderr (TRUNCATED)" if result.stderr_truncated else "Stderr"

@@ -12,12 +12,20 @@ from typing import Final, Protocol, TypeVar
 import attrs
 import trio
 
-from ._errors import RuntimeUnavailableError
+from ._errors import ClawtrioError, RuntimeUnavailableError
 from ._models import VolumeMount
+
+#: What the methods of a runtime and a container may raise; anything else is a bug.
+RUNTIME_FAILURES: Final = (ClawtrioError, OSError)
 
 LABEL_ROOT: Final = "clawtrio.root"
 LABEL_ENGINE: Final = "clawtrio.engine"
 LABEL_RUN: Final = "clawtrio.run"
+
+#: Where an agent finds its group, where our runner is mounted, and what is its home.
+WORKSPACE_GROUP: Final = "/workspace/group"
+RUNNER: Final = "/app/src"
+HOME: Final = "/home/node"
 
 
 T = TypeVar("T")

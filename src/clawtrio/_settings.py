@@ -25,7 +25,20 @@ DAY: Final = 86400.0
 _PREFIX: Final = "CLAWTRIO_"
 _SIZE: Final = re.compile(r"(\d+)\s*([kmg]?)(?:i?b)?", re.IGNORECASE)
 _UNITS: Final = {"": 1, "k": KIB, "m": MIB, "g": GIB}
-_SECRET: Final = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
+# Whole words: of MAX_OUTPUT_TOKENS an agent may know.
+_SECRET: Final = re.compile(
+    r"(^|_)((API)?KEY|TOKEN|SECRET|PASSWO?R?D|CREDENTIALS?)($|_)", re.IGNORECASE
+)
+# What changes how programs are loaded, what is ours to say, and ways to the host's
+# services.
+_RESERVED: Final = re.compile(
+    r"(LD|GLIBC|CLAWTRIO)_\w*|HOME|TZ|DBUS_SESSION_BUS_ADDRESS|XDG_RUNTIME_DIR"
+)
+
+#: Above it is no file, and no number that a runtime takes.
+_LARGEST: Final = 2**63 - 1
+#: The uid after it means "no change".
+_LARGEST_UID: Final = 2**32 - 2
 
 Field: TypeAlias = "attrs.Attribute[Any]"
 
@@ -52,7 +65,7 @@ def _number(value: object) -> float:
 
 
 def _whole(value: object) -> int:
-    if isinstance(value, str) and re.fullmatch(r"-?\d{1,18}", value.strip()):
+    if isinstance(value, str) and re.fullmatch(r"-?\d{1,19}", value.strip()):
         return int(value)
     if isinstance(value, int) and not isinstance(value, bool):
         return value
@@ -76,14 +89,15 @@ def _text(value: object) -> str:
     raise ValueError(f"must be printable text, not {value!r}")
 
 
-def _path(value: object) -> str:
+def _path(value: object, base: str = "") -> str:
+    """Take a path; a relative one is in *base*, by default the current directory."""
     if not isinstance(value, (str, os.PathLike)):
         raise ValueError(f"must be a path, not {value!r}")  # noqa: TRY004 - one kind
     path = os.fspath(value)
     if not isinstance(path, str) or not path or "\0" in path:
         raise ValueError(f"must be a path, not {value!r}")
     try:
-        return str(Path(path).expanduser().absolute())
+        return str(Path(base, Path(path).expanduser()).absolute())
     except RuntimeError as exc:
         raise ValueError(f"{exc}: {value!r}") from None
 
@@ -124,6 +138,8 @@ def _variables(value: object) -> Mapping[str, str]:
             raise ValueError(f"{name!r} is not the name of an environment variable")
         if _SECRET.search(name):
             raise ValueError(f"{name} looks like a secret: it would reach the agent")
+        if _RESERVED.fullmatch(name):
+            raise ValueError(f"{name} is reserved: it is not for agent_env to set")
         if not _is_argument(text):
             raise ValueError(f"the value of {name} must be text")
     return dict(value)
@@ -169,16 +185,21 @@ def _field(
     factory: Callable[[Settings], object] | None = None,
     low: float | None = None,
     above: float | None = None,
+    high: int = _LARGEST,
     finite: bool = True,
     optional: bool = False,
+    in_root: bool = False,
 ) -> Any:
     """Describe one setting: how it is read, its default and its bounds."""
 
-    def converter(value: object, _: object, field: Field) -> object:
+    def converter(value: object, settings: Any, field: Field) -> object:
         if value is None and optional:
             return None
         try:
-            converted = convert(value)
+            converted = _path(value, settings.root) if in_root else convert(value)
+            if isinstance(converted, int) and converted > high:
+                # The value is not repeated: it may be very long.
+                raise ValueError(f"must be at most {high}")  # noqa: TRY301
             if isinstance(converted, (int, float)):
                 _check_bounds(converted, low, above, finite=finite)
         except (ValueError, OverflowError) as exc:
@@ -210,8 +231,9 @@ class Settings:
 
     Attributes:
         root: The bot's directory.
-        groups_dir: Where the groups' folders are; ``root/groups``.
-        data_dir: What clawtrio keeps; ``root/data``.
+        groups_dir: Where the groups' folders are; ``root/groups``. A relative path
+            is in *root*.
+        data_dir: What clawtrio keeps; ``root/data``. A relative path is in *root*.
         runtime: ``docker``, ``podman``, ``bwrap``; ``auto`` takes bwrap only where
             neither docker nor podman is installed.
         image: The container image; bwrap has none.
@@ -240,11 +262,13 @@ class Settings:
         assistant_name: What the agent is called.
         timezone: The groups' time zone, by its IANA name; the host's by default.
         allowlist_path: The file that says what additional mounts may be granted.
-        log_retention: Seconds that run logs are kept.
+        log_retention: Seconds that run logs are kept; inf keeps them.
         log_text: Whether run logs hold prompts and outputs.
         partial_text: Whether agents send text while an answer grows.
         model: The model for the agent; None leaves the choice to it.
-        agent_env: More environment variables for agents; never secrets.
+        agent_env: More environment variables for agents; never secrets, nor what is
+            clawtrio's to set (``HOME``, ``TZ``, ``CLAWTRIO_*``) or changes how
+            programs are loaded (``LD_*``, ``GLIBC_*``).
         writable_agent_runner: Whether each group has its own copy of the runner.
         proxy_host: Address for the credential proxy, where it needs one.
         proxy_paths: API paths that agents may call; None is what the agent needs.
@@ -256,8 +280,8 @@ class Settings:
     """
 
     root: str = _field(_path, default=".")
-    groups_dir: str = _field(_path, factory=lambda self: Path(self.root) / "groups")
-    data_dir: str = _field(_path, factory=lambda self: Path(self.root) / "data")
+    groups_dir: str = _field(_path, default="groups", in_root=True)
+    data_dir: str = _field(_path, default="data", in_root=True)
     runtime: Literal["auto", "docker", "podman", "bwrap"] = _field(
         _one_of("auto", "docker", "podman", "bwrap"), default="auto"
     )
@@ -282,14 +306,16 @@ class Settings:
     network: Literal["proxy", "open"] = _field(
         _one_of("proxy", "open"), default="proxy"
     )
-    run_uid: int | None = _field(_whole, default=None, low=1, optional=True)
+    run_uid: int | None = _field(
+        _whole, default=None, low=1, high=_LARGEST_UID, optional=True
+    )
     min_free_bytes: int = _field(_size, default=GIB, low=0)
     assistant_name: str = _field(_text, default="Andy")
     timezone: str = _field(_zone, factory=lambda _: _local_zone())
     allowlist_path: str = _field(
         _path, default="~/.config/clawtrio/mount-allowlist.json"
     )
-    log_retention: float = _field(_number, default=7 * DAY, low=0, finite=False)
+    log_retention: float = _field(_number, default=7 * DAY, above=0, finite=False)
     log_text: bool = _field(_flag, default=False)
     partial_text: bool = _field(_flag, default=False)
     model: str | None = _field(_text, default=None, optional=True)

@@ -118,6 +118,7 @@ class FileWords:
         directory: ``ipc/input``.
         run_id: Goes into the names of the files.
         owner: Whom they belong to.
+        trash: Where a directory that stands in the place of one is moved to.
     """
 
     def __init__(
@@ -126,11 +127,14 @@ class FileWords:
         directory: Directory,
         run_id: str,
         owner: Owner | None = None,
+        *,
+        trash: Directory | None = None,
     ) -> None:
         self._input = input_json
         self._directory = directory
         self._run_id = run_id
         self._owner = owner
+        self._trash = trash
         self._begun = False
         self._written: dict[int, int] = {}
 
@@ -145,15 +149,17 @@ class FileWords:
             self.unread()
         _check_room(sum(self._written.values()), len(data))
         try:
-            name = self._name(message_id)
-            self._directory.write(name, data, owner=self._owner)
+            self._write_file(self._name(message_id), data)
         except OSError as exc:
             raise FollowUpRefusedError(f"cannot write it for the agent: {exc}") from exc
         self._written[message_id] = len(data)
 
     def finish(self) -> None:
         """See :meth:`Words.finish`."""
-        self._directory.write(CLOSE_FILE, b"", owner=self._owner)
+        self._write_file(CLOSE_FILE, b"")
+
+    def _write_file(self, name: str, data: bytes) -> None:
+        self._directory.write(name, data, trash=self._trash, owner=self._owner)
 
     def unread(self) -> frozenset[int]:
         """See :meth:`Words.unread`."""

@@ -3,18 +3,27 @@
 Each engine holds a lock on a file of its own, which the kernel lets go of when the
 process dies. Containers say by their labels which engine they are of. So what has a
 dead engine of this root may be removed, and nothing else.
+
+A runtime may go on making a container when the engine that asked for it has died, and
+show it only after a sweep has looked. So the sweep that first finds an engine dead
+marks its file, and leaves it. A later one removes the file, once the command that made
+the container must have ended: after ``command_timeout``. When it was marked is the
+file's time. One in the future is of a clock that was set back, and counts as long ago.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import secrets
-from contextlib import ExitStack
+import time
+from contextlib import ExitStack, suppress
 from functools import partial
+from typing import Final
 
 from ._errors import RuntimeUnavailableError
 from ._groups import Places
-from ._hostfs import Directory
+from ._hostfs import MAX_FILE_BYTES, Directory
 from ._runtimes import (
     LABEL_ENGINE,
     LABEL_ROOT,
@@ -25,6 +34,9 @@ from ._runtimes import (
 from ._text import one_line
 
 log = logging.getLogger(__name__)
+
+#: Follows the runtime's name in the file of an engine that was found dead.
+_DEAD: Final = b"\ndead\n"
 
 
 class EngineFile:
@@ -67,12 +79,11 @@ async def sweep(places: Places, runtime: Runtime) -> list[FoundContainer]:
     with ExitStack() as locks:
         # Containers of another runtime are for a sweep of that one to find.
         dead = {
-            engine_id
+            engine_id: _is_done(fd, places.settings.command_timeout)
             for engine_id in engines.names()
-            if engines.read(engine_id) == runtime.name.encode()
-            and _take_over(engines, engine_id, locks)
+            if _runtime_of(engines.read(engine_id) or b"") == runtime.name
+            and (fd := _take_over(engines, engine_id, locks)) is not None
         }
-        kept: set[str] = set()
         ask = partial(ask_within, places.settings.command_timeout, runtime)
         for container in await ask(partial(runtime.find, {LABEL_ROOT: places.root_id})):
             engine_id = container.labels.get(LABEL_ENGINE, "")
@@ -82,22 +93,47 @@ async def sweep(places: Places, runtime: Runtime) -> list[FoundContainer]:
                 await ask(partial(runtime.remove, container.id))
             except RuntimeUnavailableError as exc:
                 failure = failure or exc
-                kept.add(engine_id)
+                dead[engine_id] = False
             else:
                 name = one_line(container.id)
                 log.warning("removed %s, left by a dead engine", name)
                 removed.append(container)
-        for engine_id in dead - kept:
+        for engine_id in (name for name, done in dead.items() if done):
             engines.remove(engine_id)
     if failure is not None:
         raise failure
     return removed
 
 
-def _take_over(engines: Directory, engine_id: str, locks: ExitStack) -> bool:
-    """Lock a dead engine's file for the time of a sweep; False if it lives."""
+def _runtime_of(content: bytes) -> str:
+    """Return the name of the runtime that an engine used, from its file."""
+    return content.split(b"\n")[0].decode("ascii", errors="replace")
+
+
+def _take_over(engines: Directory, engine_id: str, locks: ExitStack) -> int | None:
+    """Lock a dead engine's file for the time of a sweep; None if it lives."""
     try:
-        locks.enter_context(engines.lock(engine_id))
+        return locks.enter_context(engines.lock(engine_id))
     except BlockingIOError:
-        return False
-    return True
+        return None
+
+
+def _is_done(fd: int, command_timeout: float) -> bool:
+    """Tell whether a dead engine can have left nothing that is still to come.
+
+    Args:
+        fd: Its locked file, which is marked if it was not.
+        command_timeout: Seconds that it may take to come.
+    """
+    content = os.pread(fd, MAX_FILE_BYTES, 0)
+    if not content:
+        # It was gone, in order, and locking made it again.
+        return True
+    now = time.time_ns()
+    if b"\n" in content:
+        return not 0 <= now - os.fstat(fd).st_mtime_ns < command_timeout * 1e9
+    # On a full disk it stays as it is, for a later sweep to mark.
+    with suppress(OSError):
+        os.pwrite(fd, _DEAD, len(content))
+        os.utime(fd, ns=(now, now))
+    return False

@@ -12,8 +12,13 @@ import attrs
 import trio
 from trio_util import AsyncBool, wait_any
 
-from ._errors import ClawtrioError
-from ._runtimes import LABEL_ENGINE, LABEL_RUN, Container, Runtime
+from ._runtimes import (
+    LABEL_ENGINE,
+    LABEL_RUN,
+    RUNTIME_FAILURES,
+    Container,
+    Runtime,
+)
 from ._settings import Settings
 from ._text import one_line
 
@@ -30,20 +35,29 @@ _LONGEST_PAUSE: Final = 30.0
 #: A container counts as gone when it was absent that often, so far apart.
 _ABSENCES: Final = 2
 
-# What a runtime's methods may raise. Anything else is a bug, and comes out as one.
-_FAILURES: Final = (ClawtrioError, OSError)
-
 
 @attrs.define
 class Supervised:
-    """A container, and the code that its client exited with."""
+    """A container, and what became of its client.
+
+    Attributes:
+        container: The container.
+        exit_code: What the client exited with, once it has.
+        lost: Why it cannot be told any more, if so.
+    """
 
     container: Container
     exit_code: int | None = None
+    lost: str | None = None
 
     async def wait(self) -> None:
-        """Wait until the client has exited."""
-        self.exit_code = await self.container.wait()
+        """Wait until the client has exited, or is lost: then, once more, for ever."""
+        if self.lost is not None:
+            await trio.sleep_forever()
+        try:
+            self.exit_code = await self.container.wait()
+        except RUNTIME_FAILURES as exc:
+            self.lost = one_line(str(exc))
 
 
 async def bring_down(
@@ -103,7 +117,7 @@ async def bring_down(
 async def _attempt(name: str, act: Callable[[], Awaitable[None]], logger: Log) -> None:
     try:
         await act()
-    except _FAILURES as exc:
+    except RUNTIME_FAILURES as exc:
         logger.warning("%s failed: %s", name, one_line(str(exc)))
     await trio.sleep(_SETTLE)
 
@@ -119,7 +133,7 @@ async def _look_until_gone(runtime: Runtime, run_id: str, logger: Log) -> bool:
             for container in found:
                 logger.warning("still there: removing %s", one_line(container.id))
                 await runtime.remove(container.id)
-        except _FAILURES as exc:
+        except RUNTIME_FAILURES as exc:
             logger.warning("cannot look for it: %s", one_line(str(exc)))
         if absences == needed:
             return True
@@ -175,7 +189,7 @@ class Janitor:
                     try:
                         await self._look()
                         pause = LOOK_INTERVAL
-                    except _FAILURES as exc:
+                    except RUNTIME_FAILURES as exc:
                         log.warning("janitor: %s", one_line(str(exc)))
                 if scope.cancelled_caught:
                     log.warning("janitor: %s does not answer", self._runtime.name)
@@ -208,7 +222,7 @@ class Janitor:
         log.warning("janitor: removing %s of run %s", one_line(container_id), run_id)
         try:
             await self._runtime.remove(container_id)
-        except _FAILURES as exc:
+        except RUNTIME_FAILURES as exc:
             log.warning("janitor: %s", one_line(str(exc)))
 
     async def finish(self) -> bool:

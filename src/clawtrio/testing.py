@@ -3,7 +3,8 @@
 Everything of the engine is real but the container, and nothing uses a thread, so a
 :class:`trio.testing.MockClock` works::
 
-    agent = scripted_agent(framed(b'{"status": "success", "result": "Hello"}'))
+    hello = framed(b'{"status": "success", "result": "Hello"}')
+    agent = scripted_agent(hello, exit_code=0)
     async with open_engine(Settings(root=tmp_path), FakeRuntime(agent)) as engine:
         result = await engine.run(group, "Hi", chat_jid="tg:42")
 """

@@ -7,6 +7,7 @@ import socket
 import stat
 import sys
 import venv
+from pathlib import Path
 
 import attrs
 import pytest
@@ -90,6 +91,23 @@ async def test_standard_streams_can_be_opened(sandbox: Sandbox) -> None:
     result = await sandbox.run(sandbox.spec(agent))
 
     assert (result.stdout, result.stderr) == ("out\n", "err\n")
+
+
+async def test_path(sandbox: Sandbox) -> None:
+    """Without a PATH of its own, an agent finds its Python and what /usr has."""
+    agent = """
+        import json, os, shutil
+        python = shutil.which("python3")
+        print(json.dumps([os.environ["PATH"], python, "LD_X" in os.environ]))
+    """
+    spec = sandbox.spec(agent, environment={"HOME": "/home/node", "LD_X": "1"})
+
+    path, python, linker = (await sandbox.run(spec)).answer
+
+    own = Path(sys.executable).parent
+    assert path == f"{own}:/usr/local/bin:/usr/bin:/bin"
+    assert python == f"{own}/python3"
+    assert not linker
 
 
 async def test_writing(sandbox: Sandbox) -> None:

@@ -198,9 +198,10 @@ class Site:
         ]
 
     def engine_files(self) -> list[str]:
-        """List the files of engines that live, or have left something."""
+        """List the files of engines that live, or were not seen to be dead."""
         engines = self.root / "data" / "engines"
-        return [path.name for path in engines.iterdir()] if engines.exists() else []
+        files = engines.iterdir() if engines.exists() else ()
+        return [path.name for path in files if "dead" not in path.read_text()]
 
     def remains(self) -> list[str]:
         """List what is left, wherever: containers, agents, clients, engine files."""
