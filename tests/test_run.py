@@ -18,7 +18,7 @@ import attrs
 import pytest
 import trio
 from hypothesis import given, strategies as st
-from trio.testing import MockClock
+from trio.testing import MockClock, memory_stream_one_way_pair
 
 from clawtrio import (
     AgentOutput,
@@ -31,6 +31,7 @@ from clawtrio import (
     RunClosedError,
     RunResult,
 )
+from clawtrio._run import _Pipe
 from clawtrio.testing import (
     AgentPipes,
     FakeAgent,
@@ -2126,3 +2127,11 @@ async def test_a_loop_that_stalls_loses_nothing(
 
     assert seen == list("012345")
     assert run.result.ending is Ending.EXITED
+
+
+async def test_a_broken_pipe_is_at_its_end() -> None:
+    """Nothing more comes out of a stream that broke, or was closed."""
+    _, stream = memory_stream_one_way_pair()
+    stream.close()
+
+    assert await _Pipe(stream, 2).read() == b""

@@ -290,8 +290,13 @@ class Run:
                 container = await self._runtime.start(spec)
                 self.gone = True
                 return container
-        except OSError as exc:
-            raise NotStartedError(f"cannot start {spec.name}: {exc}") from exc
+        except RUNTIME_FAILURES as exc:
+            # It says itself that it has begun nothing.
+            self.gone = True
+            if isinstance(exc, OSError):
+                problem = f"cannot start {spec.name}: {exc}"
+                raise NotStartedError(problem) from exc
+            raise
         if self._cause is not None:
             raise NotStartedError(f"{spec.name} was stopped before it had started")
         problem = f"{self._runtime.name} started no container within {seconds:g} s"
