@@ -66,6 +66,21 @@ NASTY: Final = "\x1b]0;owned\x07\x1b[31mred\x9b31m\u202eleft\x7f[/nope]"
 
 
 @pytest.fixture(autouse=True)
+def signals_are_heard() -> Iterator[None]:
+    """What is started here ignores no signal, though pytest does under nohup."""
+    ignored = [
+        number
+        for number in (signal.SIGINT, signal.SIGHUP)
+        if signal.getsignal(number) is signal.SIG_IGN
+    ]
+    for number in ignored:
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@pytest.fixture(autouse=True)
 def nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have no settings but those of the test."""
     for name in os.environ:
