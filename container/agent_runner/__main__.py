@@ -27,7 +27,7 @@ NOT_FOUND = 127
 def run_echo(session: Session) -> int:
     """Run the offline backend."""
     # Here and not above: a backend may need what another one's image does not have.
-    import echo  # noqa: PLC0415
+    import echo  # noqa: PLC0415 - see above
 
     return echo.run(session)
 
@@ -86,7 +86,7 @@ def run_backend(backend: Callable[[Session], int], inbox: Path | None) -> int:
 
 def complain(problem: str, code: int) -> int:
     """Say what is wrong in one line, and pass the exit *code* on."""
-    print(f"agent_runner: {problem}", file=sys.stderr)  # noqa: T201
+    print(f"agent_runner: {problem}", file=sys.stderr)  # noqa: T201 - to say it
     return code
 
 

@@ -295,6 +295,7 @@ def execute(arguments: Sequence[str]) -> int:
         with _logging(logging.DEBUG if debug else logging.WARNING):
             # Help and version return nothing.
             return app(words, exit_on_error=False, print_error=False) or 0
+    # The outermost frame: each error becomes one line and an exit code, bugs included.
     except (Exception, KeyboardInterrupt, BaseExceptionGroup) as exc:  # noqa: BLE001
         if debug:
             traceback.print_exc()

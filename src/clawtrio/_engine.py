@@ -501,4 +501,4 @@ async def _open_bare_nursery() -> AsyncIterator[trio.Nursery]:
             # has crashed, the group with that is raised here, in place of the
             # cancellation that the block has got from it.
             scope.shield = True
-            await manager.__aexit__(None, None, None)  # noqa: ASYNC102
+            await manager.__aexit__(None, None, None)  # noqa: ASYNC102 - shielded

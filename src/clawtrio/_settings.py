@@ -199,7 +199,7 @@ def _field(
             converted = _path(value, settings.root) if in_root else convert(value)
             if isinstance(converted, int) and converted > high:
                 # The value is not repeated: it may be very long.
-                raise ValueError(f"must be at most {high}")  # noqa: TRY301
+                raise ValueError(f"must be at most {high}")  # noqa: TRY301 - as its like
             if isinstance(converted, (int, float)):
                 _check_bounds(converted, low, above, finite=finite)
         except (ValueError, OverflowError) as exc:
