@@ -67,6 +67,7 @@ def test_an_empty_root_gets_all_that_is_needed(root: Path) -> None:
         "locks",
         "logs",
         "root-id",
+        "sessions",
         "trash",
     ]
     assert mode_of(root / "data") == 0o700

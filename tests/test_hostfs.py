@@ -491,7 +491,7 @@ def test_a_new_directory_for_an_agent_is_the_agent_s(place: Directory) -> None:
     assert Path(place.path, "ours").stat().st_uid == 0
 
 
-def test_a_directory_that_nobody_may_open_is_replaced(
+def test_a_directory_that_nobody_may_open_is_opened(
     place: Directory, trash: Directory
 ) -> None:
     """An agent of our own uid cannot shut us out by a mode of 000."""
@@ -499,8 +499,71 @@ def test_a_directory_that_nobody_may_open_is_replaced(
         Path(f"/proc/self/fd/{place._fd}/x").mkdir(0o000)
         with place.subdirectory("x", trash=trash) as directory:
             directory.write("ours", b"")
-        assert len(trash.names()) == 1
-        assert trash.empty(10)
+        assert trash.names() == []
+
+
+@needs_root
+def test_a_directory_of_another_that_nobody_may_open_is_an_error(
+    place: Directory, trash: Directory
+) -> None:
+    """What we may neither open, nor permit ourselves to, nor move, is told."""
+    Path(place.path, "x").mkdir(0o000)
+
+    with (
+        unprivileged(place, trash),
+        pytest.raises(UnsafePathError, match="cannot be opened: Permission denied"),
+    ):
+        place.subdirectory("x", trash=trash)
+
+
+def test_only_what_exists_is_opened(place: Directory, outside: Path) -> None:
+    """A directory that is not made if it is missing; a symlink is not one."""
+    assert place.existing("x") is None
+    Path(place.path, "x").mkdir()
+    Path(place.path, "link").symlink_to(outside.parent)
+
+    with place.subdirectory("x") as made:
+        made.write("file", b"1")
+    found = place.existing("x")
+
+    assert found is not None
+    with found:
+        assert found.read("file") == b"1"
+    with pytest.raises(UnsafePathError, match="must be a directory"):
+        place.existing("link")
+
+
+def test_a_tree_is_copied_over_whatever_is_there(
+    place: Directory, trash: Directory, outside: Path, tmp_path: Path
+) -> None:
+    """Files and directories arrive; a symlink in their place is not followed."""
+    source = tmp_path / "source"
+    (source / "sub" / "deep").mkdir(parents=True)
+    (source / "file").write_text("new")
+    (source / "sub" / "tool").write_text("run")
+    (source / "sub" / "tool").chmod(0o744)
+    (source / "linked").symlink_to(source / "file")
+    (source / "elsewhere").symlink_to(tmp_path)
+    os.mkfifo(source / "fifo")
+    target = Path(place.path)
+    (target / "file").symlink_to(outside)
+    (target / "sub").symlink_to(outside.parent)
+    (target / "linked").mkdir()
+    (target / "own").write_text("kept")
+    before = outside.read_bytes()
+
+    place.copy_tree(source, trash, Owner(1000, 1000))
+
+    assert outside.read_bytes() == before
+    assert {path.name for path in target.iterdir()} == {"file", "sub", "linked", "own"}
+    assert (target / "file").read_text() == (target / "linked").read_text() == "new"
+    assert (target / "own").read_text() == "kept"
+    assert stat.S_IMODE((target / "sub" / "tool").stat().st_mode) == 0o755
+    assert stat.S_IMODE((target / "file").lstat().st_mode) == 0o644
+    assert (target / "sub" / "deep").is_dir()
+    assert len(trash.names()) == 2
+    expected = 1000 if os.geteuid() == 0 else os.geteuid()
+    assert {path.stat().st_uid for path in target.rglob("*")} >= {expected}
 
 
 def test_swapping_in_a_tight_loop_never_leads_outside(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 from hypothesis import example, given, strategies as st
@@ -19,6 +19,7 @@ from clawtrio._runtimes import HeldMount
 from .helpers import open_descriptors
 
 GROUP = Group("Family", "family")
+MAIN = Group("Main", "main", is_main=True)
 
 
 @pytest.fixture(autouse=True)
@@ -37,12 +38,11 @@ def places(tmp_path: Path) -> Iterator[Places]:
 
 
 @contextmanager
-def mounts_of(places: Places, *, ours: bool = True) -> Iterator[dict[str, HeldMount]]:
+def mounts_of(
+    places: Places, group: Group = GROUP, *, ours: bool = True
+) -> Iterator[dict[str, HeldMount]]:
     """Hold the mounts of a run, by their place in the container."""
-    with (
-        places.open_ipc(GROUP) as ipc,
-        hold_mounts(places, GROUP, ipc, own_runner=ours) as mounts,
-    ):
+    with hold_mounts(places, group, own_runner=ours) as mounts:
         by_target = {held.mount.container_path: held for held in mounts}
         assert len(by_target) == len(mounts)
         yield by_target
@@ -57,6 +57,138 @@ def test_a_group_sees_its_own(places: Places, tmp_path: Path) -> None:
         }.items():
             assert mounts[target].mount.host_path == str(source)
             assert mounts[target].mount.readonly is False
+
+
+def seen(mounts: Mapping[str, HeldMount], root: Path) -> dict[str, tuple[str, bool]]:
+    """Return source, below the root, and read-only, by target."""
+    return {
+        target: (os.path.relpath(held.mount.host_path, root), held.mount.readonly)
+        for target, held in mounts.items()
+        if held.mount.host_path.startswith(str(root))
+    }
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """Fill a root as a checkout of NanoClaw is, in use."""
+    root = tmp_path
+    for directory in (
+        *(".git", ".claude/skills/setup", "store", "src", "node_modules/x"),
+        *("container/agent-runner/src", "container/skills/agent-browser"),
+        *("groups/main", "groups/global", "groups/family/logs"),
+        *("data/sessions/family/.claude", "data/ipc/family/messages"),
+    ):
+        (root / directory).mkdir(parents=True)
+    for file in (
+        *(".env", ".env.local", ".gitignore", "package.json", "CLAUDE.md"),
+        *("store/messages.db", "groups/global/CLAUDE.md", "groups/main/CLAUDE.md"),
+        *("container/skills/agent-browser/SKILL.md", "src/index.ts"),
+    ):
+        (root / file).write_text(file)
+    (root / "linked").symlink_to(root / ".env")
+    os.mkfifo(root / "fifo")
+    return root
+
+
+def test_what_main_sees(checkout: Path) -> None:
+    """Main sees the project read-only, without secrets, history, messages and data."""
+    with (
+        open_places(Settings(root=str(checkout))) as places,
+        mounts_of(places, MAIN) as mounts,
+    ):
+        assert seen(mounts, checkout) == {
+            "/workspace/project/.claude": (".claude", True),
+            "/workspace/project/.gitignore": (".gitignore", True),
+            "/workspace/project/CLAUDE.md": ("CLAUDE.md", True),
+            "/workspace/project/container": ("container", True),
+            "/workspace/project/groups": ("groups", True),
+            "/workspace/project/node_modules": ("node_modules", True),
+            "/workspace/project/package.json": ("package.json", True),
+            "/workspace/project/src": ("src", True),
+            "/workspace/group": ("groups/main", False),
+            "/home/node/.claude": ("data/sessions/main/.claude", False),
+            "/workspace/ipc": ("data/ipc/main", False),
+        }
+
+
+def test_what_another_group_sees(checkout: Path) -> None:
+    """Another group sees its own, and the global memory read-only."""
+    with (
+        open_places(Settings(root=str(checkout))) as places,
+        mounts_of(places) as mounts,
+    ):
+        assert seen(mounts, checkout) == {
+            "/workspace/group": ("groups/family", False),
+            "/workspace/global": ("groups/global", True),
+            "/home/node/.claude": ("data/sessions/family/.claude", False),
+            "/workspace/ipc": ("data/ipc/family", False),
+        }
+
+
+def test_the_global_memory_is_not_made(places: Places, tmp_path: Path) -> None:
+    """Where there is none, none is mounted; a symlink in its place is an error."""
+    with mounts_of(places) as mounts:
+        assert "/workspace/global" not in mounts
+    (tmp_path / "groups" / "global").symlink_to(tmp_path)
+
+    with pytest.raises(UnsafePathError, match="must be a directory"), mounts_of(places):
+        pass
+
+
+def test_whatever_contains_the_data_is_not_the_project(tmp_path: Path) -> None:
+    """However deep the data and the allowlist are, no mount of main leads there."""
+    for path in ("var/lib/data", "conf/deep", "groups"):
+        (tmp_path / path).mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "var")
+    settings = Settings(
+        root=str(tmp_path),
+        data_dir="link/lib/data",
+        allowlist_path=str(tmp_path / "conf" / "deep" / "list.json"),
+    )
+
+    with open_places(settings) as places, mounts_of(places, MAIN) as mounts:
+        project = [target for target in mounts if target.startswith("/workspace/proj")]
+        assert project == ["/workspace/project/groups"]
+
+
+def test_an_entry_with_an_ambiguous_name_is_refused(
+    places: Places, tmp_path: Path
+) -> None:
+    """It cannot be mounted, and the error says which to rename."""
+    (tmp_path / "a\nb").touch()
+
+    with pytest.raises(UnsafePathError) as caught, mounts_of(places, MAIN):
+        pass
+
+    assert caught.value.path == str(tmp_path / "a\nb")
+
+
+def test_targets_are_disjoint(checkout: Path) -> None:
+    """No mount lies in another, so that nobody decides where it is."""
+    with (
+        open_places(Settings(root=str(checkout))) as places,
+        mounts_of(places, MAIN) as mounts,
+    ):
+        targets = sorted(map(PurePosixPath, mounts))
+
+    assert not any(
+        one.is_relative_to(other)
+        for one in targets
+        for other in targets
+        if one is not other
+    )
+
+
+def test_a_writable_runner_is_the_groups_own(tmp_path: Path) -> None:
+    """On demand each group has a copy of the runner, to change as it likes."""
+    settings = Settings(root=str(tmp_path), writable_agent_runner=True)
+    with open_places(settings) as places, mounts_of(places) as mounts:
+        assert seen(mounts, tmp_path)["/app/src"] == (
+            "data/sessions/family/agent-runner-src",
+            False,
+        )
+    copy = tmp_path / "data" / "sessions" / "family" / "agent-runner-src"
+    assert (copy / "__main__.py").is_file()
 
 
 def test_our_runner_is_mounted_read_only(places: Places) -> None:

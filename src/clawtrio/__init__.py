@@ -11,6 +11,7 @@ See :func:`open_engine`.
 #   _text, _codec                 text fit for a terminal; JSON <-> models
 #   _hostfs, _groups              safe files; where everything of a group is
 #   _runtimes                     what a runtime is
+#   _sessions                     what a group's agent keeps between runs
 #   _mounts                       a group -> what its container sees, held
 #   _process, _seccomp            client processes; what bwrap's sandbox denies
 #   _bwrap, _flavours, _docker    the runtimes

@@ -343,11 +343,9 @@ class Engine:
             arguments = ("--", *settings.agent_command)
         elif self.runtime.takes_runner:
             arguments = (settings.agent,)
-        # Held as a mount from here on: many runs at once need many descriptors.
-        with places.open_ipc(group) as ipc:
-            mounts = stack.enter_context(
-                hold_mounts(places, group, ipc, own_runner=bool(arguments))
-            )
+        mounts = stack.enter_context(
+            hold_mounts(places, group, own_runner=bool(arguments))
+        )
         return ContainerSpec(
             name=f"clawtrio-{group.folder}-{run_id}",
             labels={

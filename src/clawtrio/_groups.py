@@ -3,7 +3,9 @@
 ::
 
     groups/<folder>             the group's own, the agent writes in it
+    groups/global               memory that all groups see
     data/ipc/<folder>           messages, tasks, input: the agent writes in it
+    data/sessions/<folder>      .claude, in which the agent writes; its runner's copy
     data/logs/<folder>          run logs, never mounted
     data/locks, data/engines    locks, never mounted
     data/trash                  what waits to be deleted, never mounted
@@ -57,6 +59,7 @@ class Places:
         self._locks = enter(self._data.subdirectory("locks", mode=0o700))
         self._logs = enter(self._data.subdirectory("logs", mode=0o700))
         self._ipc = enter(self._data.subdirectory("ipc"))
+        self._sessions = enter(self._data.subdirectory("sessions"))
         self.trash = enter(self._data.subdirectory("trash", mode=0o700))
         self.root_id = self._read_root_id()
 
@@ -91,6 +94,22 @@ class Places:
             UnsafePathError: If something else is there, or it cannot be opened.
         """
         return self._groups.subdirectory(group.folder, owner=self.owner)
+
+    def open_global(self) -> Directory | None:
+        """Open the memory that all groups see, if the operator has made one.
+
+        Raises:
+            UnsafePathError: If something else is there, or it cannot be opened.
+        """
+        return self._groups.existing("global")
+
+    def open_session(self, group: Group) -> Directory:
+        """Open where the agent's ``.claude`` is: the agent does not see that itself.
+
+        Raises:
+            UnsafePathError: If something else is there, or it cannot be opened.
+        """
+        return self._sessions.subdirectory(group.folder)
 
     def open_ipc(self, group: Group) -> Directory:
         """Open the group's mailbox, with all that belongs in it.

@@ -37,8 +37,7 @@ MAX_ENTRIES: Final = 1000
 MAX_FILE_BYTES: Final = 2**20
 
 _FLAGS: Final = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-# A directory that nobody may open is no better than a symlink.
-_WRONG_TYPE: Final = frozenset({errno.ENOTDIR, errno.ELOOP, errno.EACCES})
+_WRONG_TYPE: Final = frozenset({errno.ENOTDIR, errno.ELOOP})
 _DIRECTORY_FLAGS: Final = _FLAGS | os.O_RDONLY | os.O_DIRECTORY
 
 
@@ -107,34 +106,62 @@ class Directory:
             UnsafePathError: If something else has the name and there is no trash, or
                 an agent keeps on putting it there.
         """
-        path = f"{self.path}/{name}"
         made = False
         # A hostile agent may swap again; it gets a few tries, not an endless race.
         for _ in range(3):
             try:
-                fd = os.open(name, _DIRECTORY_FLAGS, dir_fd=self._fd)
-            except FileNotFoundError:
-                with suppress(FileExistsError):
-                    os.mkdir(name, mode, dir_fd=self._fd)
-                    made = True
-            except OSError as exc:
-                if exc.errno not in {errno.ENOTDIR, errno.ELOOP}:
-                    problem = f"cannot be opened: {exc.strerror}"
-                else:
-                    problem = "must be a directory"
-                if exc.errno not in _WRONG_TYPE or trash is None:
-                    raise UnsafePathError(path, problem) from exc
-                self._discard_wrong(name, trash, problem)
-            else:
+                found = self.existing(name)
+            except UnsafePathError as exc:
+                cause = exc.__cause__
+                wrong = isinstance(cause, OSError) and cause.errno in _WRONG_TYPE
+                if trash is None or not wrong:
+                    raise
+                self._discard_wrong(name, trash, exc.problem)
+                continue
+            if found is not None:
                 if made:
-                    _give(fd, owner)
-                return Directory(fd, path)
-        raise UnsafePathError(path, "must be a directory, and does not stay one")
+                    found.give(owner)
+                return found
+            with suppress(FileExistsError):
+                os.mkdir(name, mode, dir_fd=self._fd)
+                made = True
+        problem = "must be a directory, and does not stay one"
+        raise UnsafePathError(f"{self.path}/{name}", problem)
 
-    def hold(self) -> int:
-        """Return an ``O_PATH`` descriptor of this directory."""
-        flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
-        return os.open(".", flags, dir_fd=self._fd)
+    def give(self, owner: Owner | None) -> None:
+        """Make it *owner*'s, where we may decide that."""
+        _give(self._fd, owner)
+
+    def existing(self, name: str) -> Directory | None:
+        """Open a directory in this one, if there is something of that name.
+
+        Raises:
+            UnsafePathError: If it is no directory, or cannot be opened.
+        """
+        path = f"{self.path}/{name}"
+        try:
+            try:
+                fd = os.open(name, _DIRECTORY_FLAGS, dir_fd=self._fd)
+            except PermissionError:
+                # An agent of our own uid can shut us out, and itself.
+                with suppress(OSError):
+                    self._permit(name)
+                fd = os.open(name, _DIRECTORY_FLAGS, dir_fd=self._fd)
+        except FileNotFoundError:
+            return None
+        except OSError as exc:
+            problem = "must be a directory"
+            if exc.errno not in _WRONG_TYPE:
+                problem = f"cannot be opened: {exc.strerror}"
+            raise UnsafePathError(path, problem) from exc
+        return Directory(fd, path)
+
+    def hold(self, name: str = ".") -> int:
+        """Return an ``O_PATH`` descriptor of this directory, or of something in it.
+
+        A symlink is held itself, not what it leads to.
+        """
+        return os.open(name, _FLAGS | os.O_PATH, dir_fd=self._fd)
 
     def names(self, limit: int | None = MAX_ENTRIES) -> list[str]:
         """List the first *limit* names, sorted; None lists all, for our own places."""
@@ -226,6 +253,10 @@ class Directory:
         with suppress(FileNotFoundError):
             os.unlink(name, dir_fd=self._fd)
 
+    def rename(self, name: str, new_name: str) -> None:
+        """Give something in here another name."""
+        os.rename(name, new_name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
+
     def discard(self, name: str, trash: Directory) -> None:
         """Move whatever has the name to the trash, if there is anything."""
         target = f"{secrets.token_hex(8)}-{_start_of(name)}"
@@ -291,6 +322,24 @@ class Directory:
                     raise
             return 1 + len(entries)
         return 1
+
+    def copy_tree(self, source: Path, trash: Directory, owner: Owner) -> None:
+        """Copy a tree of the operator's over what is here; what else is here stays.
+
+        Args:
+            source: A directory in which no agent can write. Symlinks to files are
+                followed, others left out.
+            trash: Where what is of the wrong type here is moved to.
+            owner: Whom the copies belong to, where we may decide that.
+        """
+        for entry in sorted(source.iterdir()):
+            if entry.is_file():
+                mode = 0o755 if entry.stat().st_mode & stat.S_IXUSR else 0o644
+                content = entry.read_bytes()
+                self.write(entry.name, content, trash=trash, owner=owner, mode=mode)
+            elif entry.is_dir() and not entry.is_symlink():
+                with self.subdirectory(entry.name, trash=trash, owner=owner) as child:
+                    child.copy_tree(entry, trash, owner)
 
     @contextmanager
     def claim(self, name: str, data: bytes) -> Iterator[None]:

@@ -1,9 +1,19 @@
-"""What a container sees of the host: checked, and held from check to start."""
+"""What a container sees of the host: checked, and held from check to start.
+
+Rules to keep when changing this:
+
+- Everything is composed, nothing is masked: a mask falls away when what it hides is
+  replaced by a rename, as ``.env`` is at every renewal of a token.
+- No target lies in another mount that can be written: an agent would plant a symlink
+  there, and have the runtime make or mount something elsewhere. The home directory,
+  fresh and in memory, is the exception.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,9 +23,18 @@ from ._errors import UnsafePathError
 from ._groups import Places
 from ._hostfs import Directory
 from ._models import Group, VolumeMount
-from ._runtimes import RUNNER, WORKSPACE_GROUP, HeldMount
+from ._runtimes import HOME, RUNNER, WORKSPACE_GROUP, HeldMount
+from ._sessions import open_claude, open_runner_copy
 
-WORKSPACE_IPC: Final = "/workspace/ipc"
+_PROJECT: Final = "/workspace/project"
+_GLOBAL: Final = "/workspace/global"
+_IPC: Final = "/workspace/ipc"
+_CLAUDE: Final = f"{HOME}/.claude"
+
+#: What main does not see of the root: history, with all that was ever in it, and where
+#: NanoClaw keeps its messages. Names that begin like ``.env`` are secrets.
+_HIDDEN: Final = frozenset({".git", "store"})
+_SECRETS: Final = ".env"
 
 _CONTROL: Final = re.compile("[\0-\x1f\x7f-\x9f]")
 
@@ -29,44 +48,80 @@ def container_directory() -> Path:
 
 @contextmanager
 def hold_mounts(
-    places: Places, group: Group, ipc: Directory, *, own_runner: bool
+    places: Places, group: Group, *, own_runner: bool
 ) -> Iterator[tuple[HeldMount, ...]]:
-    """Hold what a run of *group* mounts, until its end.
+    """Make what a run of *group* mounts, and hold it until the run's end.
 
     Args:
         places: Where things are.
         group: Whose run it is.
-        ipc: The group's mailbox.
         own_runner: Whether our agent runner is mounted, or what a foreign image's
             checkout has in its place.
 
     Raises:
-        UnsafePathError: If a path cannot be told to a runtime without ambiguity.
+        UnsafePathError: If a path cannot be told to a runtime without ambiguity, or
+            something else is in our place.
     """
+    root = Path(places.settings.root)
     with ExitStack() as stack:
-        runner = (
-            container_directory() / "agent_runner"
-            if own_runner
-            else Path(places.settings.root, "container", "agent-runner", "src")
-        )
-        with places.open_group(group) as directory:
-            mounts = [_hold(directory, WORKSPACE_GROUP, stack)]
-        mounts.append(_hold(ipc, WORKSPACE_IPC, stack))
-        if runner.is_dir():
-            with Directory.at(str(runner)) as directory:
-                mounts.append(_hold(directory, RUNNER, stack, readonly=True))
+        mounts: list[HeldMount] = []
+
+        def hold(directory: Directory, target: str, *, readonly: bool = False) -> None:
+            with directory:
+                mounts.append(_hold(directory, ".", target, stack, readonly=readonly))
+
+        if group.is_main:
+            mounts += _hold_project(places, stack)
+        hold(places.open_group(group), WORKSPACE_GROUP)
+        shared = None if group.is_main else places.open_global()
+        if shared is not None:
+            hold(shared, _GLOBAL, readonly=True)
+        skills = [container_directory() / "skills", root / "container" / "skills"]
+        hold(open_claude(places, group, skills), _CLAUDE)
+        hold(places.open_ipc(group), _IPC)
+        runner = root / "container" / "agent-runner" / "src"
+        if own_runner:
+            runner = container_directory() / "agent_runner"
+        if runner.is_dir() and places.settings.writable_agent_runner:
+            hold(open_runner_copy(places, group, runner), RUNNER)
+        elif runner.is_dir():
+            hold(Directory.at(str(runner)), RUNNER, readonly=True)
         yield tuple(mounts)
 
 
+def _hold_project(places: Places, stack: ExitStack) -> Iterator[HeldMount]:
+    """Hold each entry of the root that is for main to see: all but secrets and data."""
+    root = places.settings.root
+    kept_out = [
+        Path(os.path.realpath(path))
+        for path in (places.settings.data_dir, places.settings.allowlist_path)
+    ]
+    with Directory.at(root) as directory:
+        for name in directory.names(None):
+            place = Path(os.path.realpath(root), name)
+            if name in _HIDDEN or name.startswith(_SECRETS):
+                continue
+            if any(path.is_relative_to(place) for path in kept_out):
+                continue
+            target = f"{_PROJECT}/{name}"
+            held = _hold(directory, name, target, stack, readonly=True)
+            mode = os.fstat(held.fd).st_mode
+            # A symlink leads nowhere in the container, or to what is there already.
+            if stat.S_ISDIR(mode) or stat.S_ISREG(mode):
+                yield held
+
+
 def _hold(
-    directory: Directory, target: str, stack: ExitStack, *, readonly: bool = False
+    directory: Directory, name: str, target: str, stack: ExitStack, *, readonly: bool
 ) -> HeldMount:
-    check_mountable(directory.path)
-    fd = directory.hold()
+    path = directory.path if name == "." else f"{directory.path}/{name}"
+    check_mountable(path)
+    fd = directory.hold(name)
     stack.callback(os.close, fd)
     status = os.fstat(fd)
-    mount = VolumeMount(directory.path, target, readonly)
-    return HeldMount(mount, fd, status.st_dev, status.st_ino)
+    return HeldMount(
+        VolumeMount(path, target, readonly), fd, status.st_dev, status.st_ino
+    )
 
 
 def check_mountable(path: str) -> None:
