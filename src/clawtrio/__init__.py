@@ -45,11 +45,13 @@ from ._markers import MarkerParser as MarkerParser
 from ._models import (
     AdditionalMount as AdditionalMount,
     AgentOutput as AgentOutput,
+    AvailableGroup as AvailableGroup,
     ContainerConfig as ContainerConfig,
     DroppedFrame as DroppedFrame,
     Ending as Ending,
     Group as Group,
     RunResult as RunResult,
+    ScheduledTask as ScheduledTask,
     VolumeMount as VolumeMount,
 )
 from ._run import Run as Run

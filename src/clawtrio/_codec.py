@@ -14,7 +14,8 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
 from typing import Any, Final, Literal, NoReturn, cast
 
 import attrs
@@ -22,7 +23,7 @@ import cattrs
 import msgspec
 from cattrs.gen import make_dict_unstructure_fn, override
 
-from ._models import AgentOutput, Status
+from ._models import AgentOutput, AvailableGroup, ScheduledTask, Status
 
 #: Session ids end up in files, argv and logs. Claude's are UUIDs, 36 characters.
 _MAX_SESSION_ID: Final = 256
@@ -34,6 +35,12 @@ STATUS_SIGNS: Final = (b'"success"', b'"error"', b"\\u")
 _STATUS: Final = re.compile(b"|".join(map(re.escape, STATUS_SIGNS)))
 _OBJECT: Final = re.compile(rb"[ \t\r\n]*\{")
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
+
+#: What NanoClaw's snapshot holds of a task, in its order.
+_TASK_FIELDS: Final = (
+    *("id", "group_folder", "prompt", "schedule_type", "schedule_value"),
+    *("status", "next_run"),
+)
 
 #: The line that asks an agent to finish its turn, then leave with 0.
 CLOSE: Final = b'{"type":"close"}'
@@ -201,17 +208,45 @@ def encode_message(
     return _line({"type": "message", "id": id, "text": text})
 
 
+def encode_tasks(tasks: Iterable[ScheduledTask]) -> bytes:
+    """Write the snapshot of tasks, as NanoClaw does: one of its names is camelCase."""
+    shown = []
+    for task in tasks:
+        fields = attrs.asdict(task)
+        names = {name: name for name in _TASK_FIELDS} | {"group_folder": "groupFolder"}
+        shown.append({wire: fields[name] for name, wire in names.items()})
+    return _document(shown)
+
+
+def encode_groups(groups: Iterable[AvailableGroup], synced: datetime) -> bytes:
+    """Write the snapshot of available groups, as of *synced*, an aware time."""
+    moment = synced.astimezone(UTC).isoformat(timespec="milliseconds")
+    return _document(
+        {
+            "groups": _converter.unstructure(list(groups)),
+            "lastSync": moment.replace("+00:00", "Z"),
+        }
+    )
+
+
 def output_to_wire(output: AgentOutput) -> dict[str, Any]:
     """Name an output's fields as an agent does, without None but for ``result``."""
     return cast("dict[str, Any]", _converter.unstructure(output))
 
 
 def _line(value: object) -> bytes:
-    line = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return _utf8(json.dumps(value, ensure_ascii=False, separators=(",", ":")))
+
+
+def _document(value: object) -> bytes:
+    return _utf8(json.dumps(value, ensure_ascii=False, indent=2))
+
+
+def _utf8(text: str) -> bytes:
     try:
-        return line.encode()
+        return text.encode()
     except UnicodeEncodeError:
-        return _well_formed(line).encode()
+        return _well_formed(text).encode()
 
 
 def _camel(name: str) -> str:
@@ -246,3 +281,6 @@ _converter.register_unstructure_hook(
     ContainerInput, _wire_hook(ContainerInput, _keep_input)
 )
 _converter.register_unstructure_hook(AgentOutput, _wire_hook(AgentOutput, _keep_output))
+_converter.register_unstructure_hook(
+    AvailableGroup, _wire_hook(AvailableGroup, lambda _name, _value: True)
+)

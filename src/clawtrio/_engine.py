@@ -6,24 +6,31 @@ import logging
 import operator
 import secrets
 import shutil
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Iterable,
+)
 from contextlib import ExitStack, asynccontextmanager
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
 
+import attrs
 import trio
 from trio_util import AsyncValue
 
 from ._bwrap import BwrapRuntime
-from ._codec import ContainerInput, encode_input
+from ._codec import ContainerInput, encode_groups, encode_input, encode_tasks
 from ._docker import DockerRuntime
 from ._errors import NotStartedError, RuntimeUnavailableError
 from ._flavours import FLAVOURS
 from ._groups import Places, open_places
 from ._hostfs import Directory
-from ._models import AgentOutput, Group, RunResult
+from ._models import AgentOutput, AvailableGroup, Group, RunResult, ScheduledTask
 from ._mounts import hold_mounts
 from ._process import in_thread
 from ._run import Run, RunLogger
@@ -202,6 +209,66 @@ class Engine:
                     run.last_text = output.result
         return run.result
 
+    async def write_tasks_snapshot(
+        self, group: Group, tasks: Iterable[ScheduledTask]
+    ) -> None:
+        """Let the group's agent see what is scheduled, in ``current_tasks.json``.
+
+        A reader sees the old file or the new one, never half of it.
+
+        Args:
+            group: Who is to see them.
+            tasks: All tasks: main sees them all, another group only its own.
+
+        Raises:
+            UnsafePathError: If a place on the host cannot be trusted.
+            RuntimeError: If the engine is closed.
+        """
+        folder = group.folder.casefold()
+        visible = (
+            task
+            for task in tasks
+            if group.is_main or task.group_folder.casefold() == folder
+        )
+        await self._write_snapshot(group, "current_tasks.json", encode_tasks(visible))
+
+    async def write_groups_snapshot(
+        self,
+        group: Group,
+        groups: Iterable[AvailableGroup],
+        registered: Collection[str],
+    ) -> None:
+        """Let main's agent see which chats there are, in ``available_groups.json``.
+
+        A reader sees the old file or the new one, never half of it.
+
+        Args:
+            group: Who is to see them: another group than main sees none.
+            groups: All chats.
+            registered: The JIDs of those that are groups already, besides the ones
+                that say so themselves.
+
+        Raises:
+            UnsafePathError: If a place on the host cannot be trusted.
+            RuntimeError: If the engine is closed.
+        """
+        visible = [
+            attrs.evolve(
+                chat, is_registered=chat.is_registered or chat.jid in registered
+            )
+            for chat in groups
+            if group.is_main
+        ]
+        data = encode_groups(visible, datetime.now(UTC))
+        await self._write_snapshot(group, "available_groups.json", data)
+
+    async def _write_snapshot(self, group: Group, name: str, data: bytes) -> None:
+        await trio.lowlevel.checkpoint()
+        self._check_open()
+        # Here and at once: a thread might outlive the directories that we hold.
+        with self._places.open_ipc(group) as ipc:
+            ipc.write(name, data, trash=self._places.trash, owner=self._places.owner)
+
     def plan(self, group: Group) -> list[str]:
         """Return the command line that would start a container of *group*.
 
@@ -214,8 +281,7 @@ class Engine:
     async def _start(
         self, group: Group, container_input: ContainerInput, *, single_turn: bool
     ) -> Run:
-        if self._closing:
-            raise RuntimeError("the engine is closed")
+        self._check_open()
         run_id = secrets.token_hex(6)
         logger = RunLogger(log, {"group": group.folder, "run": run_id})
         started = datetime.now(UTC)
@@ -278,6 +344,10 @@ class Engine:
             self._nursery.start_soon(supervise, run, Supervised(container))
         logger.info("%s started by %s", spec.name, self.runtime.name)
         return run
+
+    def _check_open(self) -> None:
+        if self._closing:
+            raise RuntimeError("the engine is closed")
 
     async def _supervise(
         self,

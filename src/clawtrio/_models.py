@@ -116,6 +116,46 @@ class Group:
 
 
 @attrs.frozen
+class ScheduledTask:
+    """A task that an agent has scheduled, as its snapshot shows it.
+
+    Attributes:
+        id: Unique.
+        group_folder: The folder of the group whose task it is.
+        prompt: What the agent will be asked.
+        schedule_type: ``"cron"``, ``"interval"`` or ``"once"``.
+        schedule_value: A cron expression, milliseconds, or an ISO 8601 time.
+        status: ``"active"``, ``"paused"`` or ``"completed"``.
+        next_run: When it is due, in ISO 8601; None if it is not.
+    """
+
+    id: str
+    group_folder: str
+    prompt: str
+    schedule_type: str
+    schedule_value: str
+    status: str = "active"
+    next_run: str | None = None
+
+
+@attrs.frozen
+class AvailableGroup:
+    """A chat that the main group may register, as its snapshot shows it.
+
+    Attributes:
+        jid: The chat.
+        name: What people call it.
+        last_activity: When something was last said in it, in ISO 8601.
+        is_registered: Whether it is a group already.
+    """
+
+    jid: str
+    name: str
+    last_activity: str
+    is_registered: bool = False
+
+
+@attrs.frozen
 class VolumeMount:
     """A place on the host that a container sees.
 
