@@ -203,6 +203,7 @@ class OwnRuntime:
 
     name = "own"
     takes_runner = False
+    compares_mounts = False
 
     def __init__(
         self,

@@ -1263,6 +1263,20 @@ def test_doctor_knows_foreign_images(
     assert "a foreign one: its own agent is run" in capfd.readouterr().out
 
 
+def test_doctor_says_how_to_label(
+    root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Docker labels nothing for SELinux that is mounted by path: the operator does."""
+    info = {"SecurityOptions": ["name=seccomp", "name=selinux"], "NCPU": 2}
+    info |= {"MemoryLimit": True, "PidsLimit": True, "ClientInfo": {}}
+    fake_docker(tmp_path, f"[ $1 = info ] && echo '{json.dumps(info)}' || echo null")
+
+    assert execute(["doctor", "--runtime", "docker"]) == 0
+    out = capfd.readouterr().out
+    assert "chcon -R -t container_file_t" in out
+    assert str(root) in out
+
+
 @pytest.mark.parametrize("contained", [True, False])
 @pytest.mark.parametrize("chosen", ["bwrap", "docker"])
 def test_doctor_tells_whether_memory_is_contained(

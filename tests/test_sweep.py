@@ -31,6 +31,7 @@ class Shelf:
 
     in_process = True
     takes_runner = True
+    compares_mounts = True
 
     def __init__(self, name: str = "docker") -> None:
         self.name = name

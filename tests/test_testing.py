@@ -286,6 +286,7 @@ async def test_a_fake_runtime_is_a_runtime(autojump_clock: MockClock) -> None:
     assert checked.name == "fake"
     assert checked.in_process
     assert checked.takes_runner
+    assert checked.compares_mounts
     assert checked.argv(spec_of()) == ("clawtrio-family-1f", "echo", "x")
     assert runtime.specs == []
     for name in ("a", "b"):

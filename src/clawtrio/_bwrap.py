@@ -85,6 +85,11 @@ class BwrapRuntime:
         """True: there is no image that could have an agent of its own."""
         return True
 
+    @property
+    def compares_mounts(self) -> bool:
+        """True: bwrap mounts what is held, whatever stands in its place by now."""
+        return True
+
     async def check(self) -> None:
         """Make sure that a sandbox with everything in it runs Python.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -15,9 +16,11 @@ from rich.text import Text
 
 from ._cli_care import RUNTIMES, RuntimeName, is_installed, runtime_named
 from ._cli_terminal import show, write
+from ._docker import DockerRuntime
 from ._engine import MIN_FREE_INODES, choose_runtime
 from ._errors import ClawtrioError, RuntimeUnavailableError
 from ._groups import Places, open_places
+from ._mounts import container_directory
 from ._runtimes import ContainerSpec, Runtime, ask_within
 from ._settings import MIB, Settings
 from ._text import printable
@@ -143,7 +146,14 @@ async def _look_at_runtime(settings: Settings, name: RuntimeName) -> list[Findin
     image = f"works, with the image {settings.image}"
     if not runtime.takes_runner:
         image += ", a foreign one: its own agent is run"
-    return [Finding("ok", what, image)]
+    findings = [Finding("ok", what, image)]
+    if isinstance(runtime, DockerRuntime) and runtime.needs_labels:
+        problem = "SELinux keeps containers from files without their label"
+        places = {settings.root, settings.groups_dir, settings.data_dir}
+        places.add(str(container_directory()))
+        remedy = f"chcon -R -t container_file_t {shlex.join(sorted(places))}"
+        findings.append(Finding("warning", f"{name}'s labels", problem, remedy))
+    return findings
 
 
 def _look_at_memory(runtime: Runtime, *, is_chosen: bool) -> Finding:

@@ -49,6 +49,8 @@ _OPEN_FILES: Final = 16384
 _FIRST_LOOK: Final = 0.1
 _LOOK_AGAIN: Final = 0.02
 _LOOK_SELDOM: Final = 0.5
+#: How long after its container a client may still be there.
+_LEAVING: Final = 1.0
 
 #: What the client exits with when it, or the init, starts nothing.
 _FAILED: Final = frozenset({1, 125, 126, 127})
@@ -81,10 +83,16 @@ class DockerRuntime:
         # Until check() knows better: our own image is held more strictly.
         self._engine = EngineInfo()
         self.takes_runner = True
+        self.compares_mounts = True
 
     @property
     def name(self) -> str:
         return self._flavour.name
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether the operator has to label what is mounted, for SELinux."""
+        return self._engine.selinux and not self._flavour.relabel
 
     async def check(self) -> None:
         engine = self._read_info(await self._ask("info", "--format", "{{json .}}"))
@@ -114,6 +122,7 @@ class DockerRuntime:
             )
         self._engine = engine
         self.takes_runner = protocol is not None
+        self.compares_mounts = engine.local and await self._is_here()
 
     def argv(self, spec: ContainerSpec) -> list[str]:
         """Say how the client is called for *spec*.
@@ -152,6 +161,8 @@ class DockerRuntime:
             check_mountable(target)
             option = ["type=bind", f"source={source}", f"target={target}"]
             option += [engine.nonrecursive, *["readonly"][: held.mount.readonly]]
+            if engine.selinux and held.relabel:
+                option += flavour.relabel
             line = io.StringIO()
             csv.writer(line, lineterminator="").writerow(option)
             argv += ["--mount", line.getvalue()]
@@ -209,6 +220,13 @@ class DockerRuntime:
         except (ValueError, KeyError, TypeError, AttributeError) as exc:
             raise self._not_understood("info") from exc
 
+    async def _is_here(self) -> bool:
+        """Tell whether the engine is asked through a socket of this host."""
+        if not self._flavour.endpoint:
+            return True
+        answer = await self._ask(*self._flavour.endpoint)
+        return answer.stdout.startswith("unix://")
+
     def _not_understood(self, command: str) -> RuntimeUnavailableError:
         problem = f"what '{self.name} {command}' answers is not understood"
         remedy = (
@@ -247,6 +265,14 @@ class DockerContainer:
         if replaced is not None:
             problem = "another place was mounted: replaced while the container started"
             raise UnsafePathError(replaced.mount.host_path, problem)
+        doubtful = [held for held in mounts if unread and held.replaceable]
+        if doubtful:
+            with trio.move_on_after(_LEAVING):
+                # It may be that the container has just left: that harms nobody.
+                await self._process.wait()
+                return
+            problem = f"cannot be compared with what was mounted: {unread}"
+            raise UnsafePathError(doubtful[0].mount.host_path, problem)
 
     async def _look_for(self, done: trio.CancelScope) -> None:
         """Set what was seen of the container, once it runs."""

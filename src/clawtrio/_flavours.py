@@ -34,12 +34,16 @@ class EngineInfo:
         limits: Whether it can limit their memory and processes.
         processors: How many it has; inf if asking for more is no error.
         nonrecursive: The option that keeps submounts out of a bind mount.
+        selinux: Whether SELinux keeps containers from what has no label of theirs.
+        local: Whether its containers are processes of this host.
     """
 
     seccomp: bool = True
     limits: bool = True
     processors: float = math.inf
     nonrecursive: str = "bind-nonrecursive=true"
+    selinux: bool = False
+    local: bool = True
 
 
 def _read_docker_info(info: Any) -> EngineInfo:
@@ -49,6 +53,8 @@ def _read_docker_info(info: Any) -> EngineInfo:
         seccomp=bool(seccomp) and "profile=unconfined" not in seccomp[0],
         limits=bool(info["MemoryLimit"] and info["PidsLimit"]),
         processors=info["NCPU"] or math.inf,
+        selinux=["name=selinux"] in options,
+        local=info.get("OperatingSystem") != "Docker Desktop",
     )
     # New clients take the old word too, but complain on stderr each time.
     if re.match(r"2[5-9]|[3-9]\d", info["ClientInfo"].get("Version", "")):
@@ -60,7 +66,13 @@ def _read_podman_info(info: Any) -> EngineInfo:
     host = info["host"]
     # Empty for an ordinary user under cgroup v1: limits are then ignored.
     limits = {"memory", "pids"} <= set(host["cgroupControllers"] or ())
-    return EngineInfo(seccomp=host["security"]["seccompEnabled"] is True, limits=limits)
+    security = host["security"]
+    return EngineInfo(
+        seccomp=security["seccompEnabled"] is True,
+        limits=limits,
+        selinux=security.get("selinuxEnabled") is True,
+        local=host.get("serviceIsRemote") is not True,
+    )
 
 
 @attrs.frozen(kw_only=True)
@@ -74,6 +86,9 @@ class Flavour:
         denied: What to do where it may not be asked.
         options: Options of ``run`` that only it needs.
         rootless_options: More of them, for an ordinary user.
+        relabel: The option of a mount that has SELinux label the source; none if the
+            operator has to.
+        endpoint: The command that tells where the engine is; none if ``info`` does.
         silenced: Variables that it would pass into containers: set empty.
         tmpfs: Options of every tmpfs.
         tmpfs_owned: Options by which a tmpfs is the agent's own.
@@ -88,6 +103,8 @@ class Flavour:
     denied: str
     options: tuple[str, ...] = ()
     rootless_options: tuple[str, ...] = ()
+    relabel: tuple[str, ...] = ()
+    endpoint: tuple[str, ...] = ()
     silenced: tuple[str, ...] = ()
     tmpfs: str
     tmpfs_owned: str
@@ -111,6 +128,7 @@ DOCKER: Final = Flavour(
     start="Start it (systemctl start docker), or correct DOCKER_HOST.",
     denied="Add this user to the docker group (which is as good as root) and log in "
     "again, or set CLAWTRIO_RUNTIME to podman or bwrap.",
+    endpoint=("context", "inspect", "--format", "{{.Endpoints.docker.Host}}"),
     # The client adds the "proxies" of its config.json, credentials included.
     silenced=(*_PROXIES, *map(str.lower, _PROXIES)),
     tmpfs="rw,nosuid,nodev,exec",
@@ -136,6 +154,8 @@ PODMAN: Final = Flavour(
         "--detach-keys=",
     ),
     rootless_options=("--userns=keep-id",),
+    # Shared, since main's containers see other groups' directories.
+    relabel=("relabel=shared",),
     # It copies up what a tmpfs hides, and knows no uid=.
     tmpfs="rw,nosuid,nodev,exec,notmpcopyup",
     tmpfs_owned="U",

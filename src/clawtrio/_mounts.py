@@ -19,6 +19,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
+import attrs
+
 from ._errors import UnsafePathError
 from ._groups import Places
 from ._hostfs import Directory
@@ -68,7 +70,8 @@ def hold_mounts(
 
         def hold(directory: Directory, target: str, *, readonly: bool = False) -> None:
             with directory:
-                mounts.append(_hold(directory, ".", target, stack, readonly=readonly))
+                held = _hold(directory, ".", target, stack, readonly=readonly)
+            mounts.append(attrs.evolve(held, relabel=True))
 
         if group.is_main:
             mounts += _hold_project(places, stack)
@@ -85,7 +88,9 @@ def hold_mounts(
         if runner.is_dir() and places.settings.writable_agent_runner:
             hold(open_runner_copy(places, group, runner), RUNNER)
         elif runner.is_dir():
-            hold(Directory.at(str(runner)), RUNNER, readonly=True)
+            # It may be the system's, which is not for us to label.
+            with Directory.at(str(runner)) as directory:
+                mounts.append(_hold(directory, ".", RUNNER, stack, readonly=True))
         yield tuple(mounts)
 
 
@@ -108,7 +113,7 @@ def _hold_project(places: Places, stack: ExitStack) -> Iterator[HeldMount]:
             mode = os.fstat(held.fd).st_mode
             # A symlink leads nowhere in the container, or to what is there already.
             if stat.S_ISDIR(mode) or stat.S_ISREG(mode):
-                yield held
+                yield attrs.evolve(held, relabel=True)
 
 
 def _hold(

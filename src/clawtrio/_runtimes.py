@@ -40,12 +40,17 @@ class HeldMount:
         fd: An ``O_PATH`` descriptor of the source, open until the run is over.
         device: ``st_dev`` of the source.
         inode: ``st_ino`` of the source.
+        relabel: Whether SELinux may label it anew, for containers to see it: what is
+            the bot's own.
+        replaceable: Whether an agent could put something else in its place meanwhile.
     """
 
     mount: VolumeMount
     fd: int
     device: int
     inode: int
+    relabel: bool = False
+    replaceable: bool = False
 
 
 @attrs.frozen(kw_only=True)
@@ -113,7 +118,8 @@ class Container(Protocol):
         gone already. Bounded by the engine.
 
         Raises:
-            UnsafePathError: If another place was mounted; names the path.
+            UnsafePathError: If another place was mounted, or that cannot be told of a
+                source that an agent could have replaced; names the path.
         """
 
     async def wait(self) -> int:
@@ -172,6 +178,14 @@ class Runtime(Protocol):
         """Whether containers run the agent runner that the engine mounts at /app/src.
 
         False for an image that has an agent of its own. Known after :meth:`check`.
+        """
+
+    @property
+    def compares_mounts(self) -> bool:
+        """Whether :meth:`Container.verify` can tell what was mounted.
+
+        If not, no source is granted that an agent could replace. Known after
+        :meth:`check`.
         """
 
     async def check(self) -> None:

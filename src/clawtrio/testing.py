@@ -92,6 +92,7 @@ class FakeRuntime:
     name = "fake"
     in_process = True
     takes_runner = True
+    compares_mounts = True
 
     def __init__(self, agent: FakeAgent, *, ignores_stop: bool = False) -> None:
         self._agent = agent

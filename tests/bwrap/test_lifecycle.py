@@ -87,6 +87,7 @@ async def test_check() -> None:
         await runtime.check()
 
     assert open_descriptors() == before
+    assert runtime.compares_mounts
     assert (runtime.name, runtime.in_process, runtime.takes_runner) == (
         "bwrap",
         False,

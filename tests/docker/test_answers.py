@@ -113,6 +113,59 @@ async def test_docker_clients(fake: Fake, client: dict[str, str], word: str) -> 
     assert options(argv, "--cpus") == ["64"]
 
 
+async def test_selinux_labels(fake: Fake) -> None:
+    """Podman labels what is the bot's own; with Docker, the operator has to."""
+    info = {
+        "docker": {**DOCKER_INFO, "SecurityOptions": ["name=seccomp", "name=selinux"]},
+        "podman": json.loads(json.dumps(INFO["podman"])),
+    }
+    info["podman"]["host"]["security"]["selinuxEnabled"] = True
+    own = attrs.evolve(mount("/own"), relabel=True)
+    spec = attrs.evolve(SPEC, mounts=(own, mount("/foreign")))
+    shown = {}
+    for flavour in (DOCKER, PODMAN):
+        name = flavour.name
+        fake(name, info=(0, json.dumps(info[name]), ""), image=(0, "{}", ""))
+        runtime = DockerRuntime(flavour, image="x")
+        assert not runtime.needs_labels
+        await runtime.check()
+        assert runtime.needs_labels is (flavour is DOCKER)
+        shown[name] = ["relabel" in o for o in options(runtime.argv(spec), "--mount")]
+
+    assert shown == {"docker": [False, False], "podman": [True, False]}
+
+
+@pytest.mark.parametrize(
+    ("flavour", "changes", "endpoint", "expected"),
+    [
+        (DOCKER, {}, "unix:///var/run/docker.sock", True),
+        (DOCKER, {}, "tcp://elsewhere:2376", False),
+        (DOCKER, {}, "ssh://elsewhere", False),
+        (DOCKER, {"OperatingSystem": "Docker Desktop"}, "unix:///x", False),
+        (PODMAN, {"serviceIsRemote": False}, "", True),
+        (PODMAN, {"serviceIsRemote": True}, "", False),
+    ],
+)
+async def test_where_the_engine_is(
+    fake: Fake,
+    flavour: Flavour,
+    changes: dict[str, object],
+    endpoint: str,
+    *,
+    expected: bool,
+) -> None:
+    """Mounts can be compared only where containers are processes of this host."""
+    info = json.loads(json.dumps(INFO[flavour.name]))
+    (info if flavour is DOCKER else info["host"]).update(changes)
+    answers = {"info": (0, json.dumps(info), ""), "image": (0, "{}", "")}
+    fake(flavour.name, context=(0, endpoint, ""), **answers)
+    runtime = DockerRuntime(flavour, image="x")
+
+    await runtime.check()
+
+    assert runtime.compares_mounts is expected
+
+
 async def trouble(flavour: Flavour) -> RuntimeUnavailableError:
     with pytest.raises(RuntimeUnavailableError) as caught:
         await DockerRuntime(flavour, image="agent:1").check()

@@ -222,6 +222,40 @@ async def test_container_is_gone(
         await finish(container)
 
 
+@pytest.mark.parametrize("leaves", [True, False])
+async def test_not_to_be_compared(
+    runtime: DockerRuntime,
+    house: House,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    leaves: bool,
+) -> None:
+    """What an agent could replace must be seen, unless the container has left."""
+    source = make(tmp_path / "granted", "granted")
+    held = attrs.evolve(house.hold(source, "/workspace/extra/x"), replaceable=True)
+    really_open = os.open
+
+    def refuse(name: str, flags: int, *, dir_fd: int | None = None) -> int:
+        if name == "mountinfo":
+            raise PermissionError(13, "Permission denied")
+        return really_open(name, flags, dir_fd=dir_fd)
+
+    with trio.fail_after(30):
+        assert runtime.compares_mounts
+        container = await runtime.start(house.spec(SHOW, held))
+        monkeypatch.setattr(os, "open", refuse)
+        if leaves:
+            await container.stdin.aclose()
+            await container.verify()
+        else:
+            with pytest.raises(UnsafePathError, match="cannot be compared") as caught:
+                await container.verify()
+            assert caught.value.path == str(source)
+            await container.kill()
+        await finish(container)
+
+
 async def test_process_of_something_else(runtime: DockerRuntime, house: House) -> None:
     """A number that is another process's here is not followed."""
     spec = house.spec(SHOW)
