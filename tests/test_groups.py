@@ -55,6 +55,12 @@ def mode_of(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
+def make_ipc(places: Places) -> None:
+    """Make the group's mailbox, with all that belongs in it."""
+    with places.open_ipc(FAMILY) as ipc:
+        places.furnish_ipc(ipc)
+
+
 def test_an_empty_root_gets_all_that_is_needed(root: Path) -> None:
     """Opening makes the directories; what is ours alone is closed to others."""
     with open_places(settings_of(root)):
@@ -252,7 +258,7 @@ def test_agents_run_as_the_owner_of_the_root(
     with open_places(settings) as places:
         assert places.owner == expected
         places.open_group(FAMILY).close()
-        places.open_ipc(FAMILY).close()
+        make_ipc(places)
         places.open_logs(FAMILY).close()
 
     for path in (
@@ -278,7 +284,7 @@ def places(root: Path) -> Iterator[Places]:
 def test_the_directories_of_a_group(places: Places, root: Path) -> None:
     """A group's own directory, its mailbox and its logs are where NanoClaw has them."""
     places.open_group(FAMILY).close()
-    places.open_ipc(FAMILY).close()
+    make_ipc(places)
     places.open_logs(FAMILY).close()
 
     assert names_in(root / "groups") == ["Family"]
@@ -299,7 +305,7 @@ def test_what_is_in_a_group_stays(places: Places, root: Path) -> None:
     (mailbox / "messages" / "1.json").write_text("{}")
 
     places.open_group(FAMILY).close()
-    places.open_ipc(FAMILY).close()
+    make_ipc(places)
 
     assert (root / "groups" / "Family" / "CLAUDE.md").read_text() == "memory"
     assert (mailbox / "messages" / "1.json").read_text() == "{}"
@@ -371,12 +377,12 @@ def test_what_an_agent_planted_in_its_mailbox_is_thrown_away(
     """A symlink in a mailbox is not followed, but replaced, and the log says so."""
     outside = tmp_path / "outside"
     outside.mkdir()
-    places.open_ipc(FAMILY).close()
+    make_ipc(places)
     planted = root / "data" / "ipc" / "Family" / name
     planted.rmdir()
     planted.symlink_to(outside)
 
-    places.open_ipc(FAMILY).close()
+    make_ipc(places)
 
     assert planted.is_dir()
     assert not planted.is_symlink()
@@ -385,20 +391,6 @@ def test_what_an_agent_planted_in_its_mailbox_is_thrown_away(
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert str(planted) in record.getMessage()
-
-
-def test_a_mailbox_that_cannot_be_made_is_not_left_open(
-    places: Places, root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An error half-way gives back the descriptor."""
-
-    def full(*_: object) -> Directory:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(places, "open_in_ipc", full)
-
-    with pytest.raises(OSError, match="No space"):
-        places.open_ipc(FAMILY)
 
 
 def test_the_logs_of_a_group_are_no_link(places: Places, root: Path) -> None:

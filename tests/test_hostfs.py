@@ -516,6 +516,26 @@ def test_a_directory_of_another_that_nobody_may_open_is_an_error(
         place.subdirectory("x", trash=trash)
 
 
+def test_a_directory_that_comes_back_is_an_error(
+    place: Directory, trash: Directory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An agent that is as fast as we are gets no endless race, and we leave nothing."""
+    Path(place.path, "x").mkdir()
+    really_rename = os.rename
+
+    def rename(old: str, new: str, *, src_dir_fd: int, dst_dir_fd: int) -> None:
+        really_rename(old, new, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
+        if dst_dir_fd == trash._fd:
+            Path(place.path, "x").mkdir()
+
+    monkeypatch.setattr(os, "rename", rename)
+
+    with pytest.raises(UnsafePathError, match="does not stay one"):
+        place.write("x", b"", trash=trash)
+
+    assert place.names() == ["x"]
+
+
 def test_only_what_exists_is_opened(place: Directory, outside: Path) -> None:
     """A directory that is not made if it is missing; a symlink is not one."""
     assert place.existing("x") is None

@@ -112,19 +112,17 @@ class Places:
         return self._sessions.subdirectory(group.folder)
 
     def open_ipc(self, group: Group) -> Directory:
-        """Open the group's mailbox, with all that belongs in it.
+        """Open the group's mailbox.
 
         Raises:
             UnsafePathError: If something else is there, or it cannot be opened.
         """
-        ipc = self._ipc.subdirectory(group.folder, owner=self.owner)
-        try:
-            for name in IPC_SUBDIRECTORIES:
-                self.open_in_ipc(ipc, name).close()
-        except BaseException:
-            ipc.close()
-            raise
-        return ipc
+        return self._ipc.subdirectory(group.folder, owner=self.owner)
+
+    def furnish_ipc(self, ipc: Directory) -> None:
+        """Make what belongs in a mailbox."""
+        for name in IPC_SUBDIRECTORIES:
+            self.open_in_ipc(ipc, name).close()
 
     def open_in_ipc(self, ipc: Directory, name: str) -> Directory:
         """Open a directory of a mailbox, in which an agent may have done anything."""

@@ -36,6 +36,9 @@ MAX_ENTRIES: Final = 1000
 #: Largest file that is read: far above any message or task.
 MAX_FILE_BYTES: Final = 2**20
 
+#: A hostile agent may put the wrong thing there again; it gets no endless race.
+_TRIES: Final = 3
+
 _FLAGS: Final = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _WRONG_TYPE: Final = frozenset({errno.ENOTDIR, errno.ELOOP})
 _DIRECTORY_FLAGS: Final = _FLAGS | os.O_RDONLY | os.O_DIRECTORY
@@ -107,8 +110,7 @@ class Directory:
                 an agent keeps on putting it there.
         """
         made = False
-        # A hostile agent may swap again; it gets a few tries, not an endless race.
-        for _ in range(3):
+        for _ in range(_TRIES):
             try:
                 found = self.existing(name)
             except UnsafePathError as exc:
@@ -223,6 +225,7 @@ class Directory:
 
         Raises:
             FileExistsError: If *replace* is False and something has the name.
+            UnsafePathError: If an agent keeps on putting a directory there.
         """
         temporary = f".{_start_of(name)}.{secrets.token_hex(8)}.tmp"
         flags = _FLAGS | os.O_WRONLY | os.O_CREAT | os.O_EXCL
@@ -233,13 +236,17 @@ class Directory:
                 _give(fd, owner)
                 file.write(data)
             publish = os.rename if replace else os.link
-            try:
-                publish(temporary, name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
-            except IsADirectoryError:
-                if trash is None:
-                    raise
-                self._discard_wrong(name, trash, "must be a file")
-                os.rename(temporary, name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
+            for _ in range(_TRIES):
+                try:
+                    publish(temporary, name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
+                    break
+                except IsADirectoryError:
+                    if trash is None:
+                        raise
+                    self._discard_wrong(name, trash, "must be a file")
+            else:
+                problem = "must be a file, and does not stay one"
+                raise UnsafePathError(f"{self.path}/{name}", problem)
             # A link leaves the temporary name; a rename leaves it to the agent.
             litter = not replace
         finally:

@@ -65,32 +65,31 @@ def hold_mounts(
             something else is in our place.
     """
     root = Path(places.settings.root)
+    skills = [container_directory() / "skills", root / "container" / "skills"]
     with ExitStack() as stack:
-        mounts: list[HeldMount] = []
-
-        def hold(directory: Directory, target: str, *, readonly: bool = False) -> None:
-            with directory:
-                held = _hold(directory, ".", target, stack, readonly=readonly)
-            mounts.append(attrs.evolve(held, relabel=True))
-
-        if group.is_main:
-            mounts += _hold_project(places, stack)
-        hold(places.open_group(group), WORKSPACE_GROUP)
+        mounts = list(_hold_project(places, stack)) if group.is_main else []
+        with places.open_group(group) as directory:
+            mounts.append(_hold(directory, WORKSPACE_GROUP, stack))
         shared = None if group.is_main else places.open_global()
         if shared is not None:
-            hold(shared, _GLOBAL, readonly=True)
-        skills = [container_directory() / "skills", root / "container" / "skills"]
-        hold(open_claude(places, group, skills), _CLAUDE)
-        hold(places.open_ipc(group), _IPC)
+            with shared:
+                mounts.append(_hold(shared, _GLOBAL, stack, readonly=True))
+        with open_claude(places, group, skills) as directory:
+            mounts.append(_hold(directory, _CLAUDE, stack))
+        with places.open_ipc(group) as directory:
+            places.furnish_ipc(directory)
+            mounts.append(_hold(directory, _IPC, stack))
         runner = root / "container" / "agent-runner" / "src"
         if own_runner:
             runner = container_directory() / "agent_runner"
         if runner.is_dir() and places.settings.writable_agent_runner:
-            hold(open_runner_copy(places, group, runner), RUNNER)
+            with open_runner_copy(places, group, runner) as directory:
+                mounts.append(_hold(directory, RUNNER, stack))
         elif runner.is_dir():
-            # It may be the system's, which is not for us to label.
             with Directory.at(str(runner)) as directory:
-                mounts.append(_hold(directory, ".", RUNNER, stack, readonly=True))
+                held = _hold(directory, RUNNER, stack, readonly=True)
+            # It may be the system's, which is not for us to label.
+            mounts.append(attrs.evolve(held, relabel=False))
         yield tuple(mounts)
 
 
@@ -108,25 +107,30 @@ def _hold_project(places: Places, stack: ExitStack) -> Iterator[HeldMount]:
                 continue
             if any(path.is_relative_to(place) for path in kept_out):
                 continue
-            target = f"{_PROJECT}/{name}"
-            held = _hold(directory, name, target, stack, readonly=True)
+            held = _hold(
+                directory, f"{_PROJECT}/{name}", stack, name=name, readonly=True
+            )
             mode = os.fstat(held.fd).st_mode
             # A symlink leads nowhere in the container, or to what is there already.
             if stat.S_ISDIR(mode) or stat.S_ISREG(mode):
-                yield attrs.evolve(held, relabel=True)
+                yield held
 
 
 def _hold(
-    directory: Directory, name: str, target: str, stack: ExitStack, *, readonly: bool
+    directory: Directory,
+    target: str,
+    stack: ExitStack,
+    *,
+    name: str = ".",
+    readonly: bool = False,
 ) -> HeldMount:
     path = directory.path if name == "." else f"{directory.path}/{name}"
     check_mountable(path)
     fd = directory.hold(name)
     stack.callback(os.close, fd)
     status = os.fstat(fd)
-    return HeldMount(
-        VolumeMount(path, target, readonly), fd, status.st_dev, status.st_ino
-    )
+    mount = VolumeMount(path, target, readonly)
+    return HeldMount(mount, fd, status.st_dev, status.st_ino, relabel=True)
 
 
 def check_mountable(path: str) -> None:
