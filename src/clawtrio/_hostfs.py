@@ -39,6 +39,7 @@ MAX_FILE_BYTES: Final = 2**20
 #: A hostile agent may put the wrong thing there again; it gets no endless race.
 _TRIES: Final = 3
 
+_READ: Final = 2**16
 _FLAGS: Final = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _WRONG_TYPE: Final = frozenset({errno.ENOTDIR, errno.ELOOP})
 _DIRECTORY_FLAGS: Final = _FLAGS | os.O_RDONLY | os.O_DIRECTORY
@@ -194,9 +195,9 @@ class Directory:
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise UnsafePathError(path, "must be a regular file")
-            # Not before: of a directory it would make no file, and leave fd open.
-            with os.fdopen(fd, "rb", closefd=False) as file:
-                data = file.read(limit + 1)
+            data = b""
+            while len(data) <= limit and (chunk := os.read(fd, _READ)):
+                data += chunk
         finally:
             os.close(fd)
         if len(data) > limit:
