@@ -13,7 +13,8 @@ from hypothesis import example, given, strategies as st
 
 from clawtrio import Group, Settings, UnsafePathError
 from clawtrio._groups import Places, open_places
-from clawtrio._mounts import check_mountable, container_directory, hold_mounts
+from clawtrio._hostfs import check_mountable
+from clawtrio._mounts import container_directory, hold_mounts
 from clawtrio._runtimes import HeldMount
 
 from .helpers import open_descriptors

@@ -24,7 +24,7 @@ import trio
 
 from ._errors import NotStartedError, RuntimeUnavailableError, UnsafePathError
 from ._flavours import HINT, Answer, EngineInfo, Flavour, ask, tidy
-from ._mounts import check_mountable
+from ._hostfs import check_mountable
 from ._process import ClientProcess, client_environment, in_thread, spawn
 from ._runtimes import (
     HOME,

@@ -15,6 +15,7 @@ import errno
 import fcntl
 import logging
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterator
@@ -42,6 +43,7 @@ _TRIES: Final = 3
 _READ: Final = 2**16
 _FLAGS: Final = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _WRONG_TYPE: Final = frozenset({errno.ENOTDIR, errno.ELOOP})
+_CONTROL: Final = re.compile("[\0-\x1f\x7f-\x9f]")
 _DIRECTORY_FLAGS: Final = _FLAGS | os.O_RDONLY | os.O_DIRECTORY
 
 
@@ -417,3 +419,17 @@ def _check_component(place: str, uids: frozenset[int], gids: frozenset[int]) -> 
     if status.st_mode & stat.S_IWGRP and status.st_gid not in gids:
         problem = f"can be written by gid {status.st_gid}: chmod g-w"
         raise UnsafePathError(place, problem)
+
+
+def check_mountable(path: str) -> None:
+    """Refuse a path for which docker and podman would mount another directory.
+
+    Raises:
+        UnsafePathError: If it is not UTF-8 or holds control characters.
+    """
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise UnsafePathError(path, "must be UTF-8 to be mounted") from None
+    if _CONTROL.search(path):
+        raise UnsafePathError(path, "must not hold control characters to be mounted")

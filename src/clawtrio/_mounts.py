@@ -12,7 +12,6 @@ Rules to keep when changing this:
 from __future__ import annotations
 
 import os
-import re
 import stat
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,9 +20,8 @@ from typing import Final
 
 import attrs
 
-from ._errors import UnsafePathError
 from ._groups import Places
-from ._hostfs import Directory
+from ._hostfs import Directory, check_mountable
 from ._models import Group, VolumeMount
 from ._runtimes import HOME, RUNNER, WORKSPACE_GROUP, HeldMount
 from ._sessions import open_claude, open_runner_copy
@@ -37,8 +35,6 @@ _CLAUDE: Final = f"{HOME}/.claude"
 #: NanoClaw keeps its messages. Names that begin like ``.env`` are secrets.
 _HIDDEN: Final = frozenset({".git", "store"})
 _SECRETS: Final = ".env"
-
-_CONTROL: Final = re.compile("[\0-\x1f\x7f-\x9f]")
 
 
 def container_directory() -> Path:
@@ -131,17 +127,3 @@ def _hold(
     status = os.fstat(fd)
     mount = VolumeMount(path, target, readonly)
     return HeldMount(mount, fd, status.st_dev, status.st_ino, relabel=True)
-
-
-def check_mountable(path: str) -> None:
-    """Refuse a path for which docker and podman would mount another directory.
-
-    Raises:
-        UnsafePathError: If it is not UTF-8 or holds control characters.
-    """
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        raise UnsafePathError(path, "must be UTF-8 to be mounted") from None
-    if _CONTROL.search(path):
-        raise UnsafePathError(path, "must not hold control characters to be mounted")
