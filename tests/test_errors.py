@@ -15,6 +15,10 @@ ERRORS = [
         clawtrio.GroupFolderError("a b", "is wrong"),
         "group folder 'a b': is wrong",
     ),
+    (
+        clawtrio.AllowlistError("/a\nb", "$: must be an object"),
+        "'/a\\nb': $: must be an object",
+    ),
     (clawtrio.UnsafePathError("/a\nb", "is a FIFO"), "'/a\\nb': is a FIFO"),
     (
         clawtrio.RuntimeUnavailableError("docker", "is down", "Start it."),

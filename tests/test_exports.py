@@ -163,6 +163,8 @@ def _is_ours(name: str) -> bool:
     [
         "AdditionalMount",
         "AgentOutput",
+        "AllowedRoot",
+        "AllowlistError",
         "ClawtrioError",
         "ContainerConfig",
         "DroppedFrame",
@@ -172,6 +174,7 @@ def _is_ours(name: str) -> bool:
         "GroupBusyError",
         "GroupFolderError",
         "MarkerParser",
+        "MountAllowlist",
         "NotStartedError",
         "RunClosedError",
         "RunResult",

@@ -12,6 +12,7 @@ See :func:`open_engine`.
 #   _hostfs, _groups              safe files; where everything of a group is
 #   _runtimes                     what a runtime is
 #   _sessions                     what a group's agent keeps between runs
+#   _forbidden, _allowlist        what nobody is ever given; what the operator allows
 #   _mounts                       a group -> what its container sees, held
 #   _process, _seccomp            client processes; what bwrap's sandbox denies
 #   _bwrap, _flavours, _docker    the runtimes
@@ -31,6 +32,7 @@ import logging
 
 from ._engine import Engine as Engine, open_engine as open_engine
 from ._errors import (
+    AllowlistError as AllowlistError,
     ClawtrioError as ClawtrioError,
     FollowUpRefusedError as FollowUpRefusedError,
     GroupBusyError as GroupBusyError,
@@ -45,11 +47,13 @@ from ._markers import MarkerParser as MarkerParser
 from ._models import (
     AdditionalMount as AdditionalMount,
     AgentOutput as AgentOutput,
+    AllowedRoot as AllowedRoot,
     AvailableGroup as AvailableGroup,
     ContainerConfig as ContainerConfig,
     DroppedFrame as DroppedFrame,
     Ending as Ending,
     Group as Group,
+    MountAllowlist as MountAllowlist,
     RunResult as RunResult,
     ScheduledTask as ScheduledTask,
     VolumeMount as VolumeMount,

@@ -249,7 +249,8 @@ def _utf8(text: str) -> bytes:
         return _well_formed(text).encode()
 
 
-def _camel(name: str) -> str:
+def camel(name: str) -> str:
+    """Name a field as the wire does."""
     first, *others = name.split("_")
     return first + "".join(map(str.title, others))
 
@@ -258,7 +259,7 @@ def _wire_hook(
     cls: type[attrs.AttrsInstance], keep: Callable[[str, object], bool]
 ) -> Callable[[Any], dict[str, Any]]:
     """Make what writes *cls*: camelCase, and only the fields that *keep* wants."""
-    names = {f.name: override(rename=_camel(f.name)) for f in attrs.fields(cls)}
+    names = {f.name: override(rename=camel(f.name)) for f in attrs.fields(cls)}
     # Stubs know only overrides that are given one by one.
     write = make_dict_unstructure_fn(cls, _converter, **names)  # type: ignore[arg-type]
 

@@ -42,6 +42,23 @@ class GroupFolderError(ClawtrioError):
 
 
 @attrs.define
+class AllowlistError(ClawtrioError):
+    """The mount allowlist cannot be used: no additional mount is granted until it can.
+
+    Attributes:
+        path: The file.
+        problem: What is wrong with it, and what would be right; of a value it names the
+            JSON path, such as ``$.allowedRoots[0].path``.
+    """
+
+    path: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.path!r}: {self.problem}"
+
+
+@attrs.define
 class UnsafePathError(ClawtrioError):
     """A place on the host cannot be trusted, so nothing was done with it.
 

@@ -48,6 +48,14 @@ def _mounts(mounts: Iterable[AdditionalMount]) -> tuple[AdditionalMount, ...]:
     return tuple(mounts)
 
 
+def _roots(roots: Iterable[AllowedRoot]) -> tuple[AllowedRoot, ...]:
+    return tuple(roots)
+
+
+def _patterns(patterns: Iterable[str]) -> tuple[str, ...]:
+    return tuple(patterns)
+
+
 @attrs.frozen
 class AdditionalMount:
     """A directory of the host that a group asks to see.
@@ -168,6 +176,37 @@ class VolumeMount:
     host_path: str = attrs.field(converter=os.fspath)
     container_path: str = attrs.field(converter=os.fspath)
     readonly: bool
+
+
+@attrs.frozen
+class AllowedRoot:
+    """A directory of the host below which additional mounts may be granted.
+
+    Attributes:
+        path: Where it is: absolute, or with ``~`` for the host user's home.
+        allow_read_write: Whether a mount that asks for it may be written to.
+        description: What people are told of it.
+    """
+
+    path: str = attrs.field(converter=os.fspath)
+    allow_read_write: bool = False
+    description: str | None = None
+
+
+@attrs.frozen
+class MountAllowlist:
+    """What the operator allows groups to see besides their own.
+
+    Attributes:
+        allowed_roots: Where additional mounts must be.
+        blocked_patterns: A path that has one of them in a component is never mounted,
+            whatever its case. The default ones hold as well.
+        non_main_read_only: Whether groups other than main can only read.
+    """
+
+    allowed_roots: tuple[AllowedRoot, ...] = attrs.field(converter=_roots)
+    blocked_patterns: tuple[str, ...] = attrs.field(converter=_patterns)
+    non_main_read_only: bool
 
 
 @attrs.frozen
