@@ -140,3 +140,30 @@ marker_streams = st.lists(_pieces, max_size=12).map(b"".join)
 
 #: Limits at which such streams have frames on either side.
 limits = st.integers(1, 200) | st.just(2**20)
+
+# Few names, so that paths meet; some only once their case is folded.
+_directory_names = st.sampled_from(["k1", "k2", "\u00e4", "\u00c4x", "\u00df"])
+_steps = st.lists(_directory_names | st.just(".."), max_size=4)
+_places = st.lists(_directory_names, min_size=1, max_size=3)
+
+
+@st.composite
+def mount_trees(draw: st.DrawFn) -> dict[str, Any]:
+    """Draw directories, symlinks, roots, patterns and wishes; paths are lists of names.
+
+    A link has whether its target is absolute; a root and a wish, whether one may, or
+    wants to, write.
+    """
+    return {
+        "directories": draw(st.lists(_places, min_size=1, max_size=6)),
+        "links": draw(st.lists(st.tuples(_places, _steps, st.booleans()), max_size=5)),
+        "roots": draw(
+            st.lists(st.tuples(_steps, st.booleans()), min_size=1, max_size=3)
+        ),
+        "patterns": draw(
+            st.lists(st.sampled_from(["\u00c4X", "sS", "K2"]), max_size=1)
+        ),
+        "wishes": draw(
+            st.lists(st.tuples(_steps, st.booleans()), min_size=1, max_size=4)
+        ),
+    }

@@ -13,6 +13,7 @@ See :func:`open_engine`.
 #   _runtimes                     what a runtime is
 #   _sessions                     what a group's agent keeps between runs
 #   _forbidden, _allowlist        what nobody is ever given; what the operator allows
+#   _grants                       a group's wishes -> mounts, held, and refusals
 #   _mounts                       a group -> what its container sees, held
 #   _process, _seccomp            client processes; what bwrap's sandbox denies
 #   _bwrap, _flavours, _docker    the runtimes
