@@ -32,6 +32,7 @@ from cyclopts.validators import Number
 from ._cli_care import RuntimeName, has_data, list_containers, print_logs, sweep_all
 from ._cli_demo import demo
 from ._cli_doctor import doctor
+from ._cli_mounts import check_mount, init_allowlist
 from ._cli_runs import STDIN, UsageError, chat, group_of, plan_run, reset, run_prompt
 from ._cli_terminal import Interrupts, complain, note, obeying_signals, prepare, write
 from ._engine import choose_runtime
@@ -61,6 +62,10 @@ image = App(
     name="image", help="Build the image that docker and podman need.", sort_key=9
 )
 app.command(image)
+mounts = App(
+    name="mounts", help="Let groups see more directories of the host.", sort_key=10
+)
+app.command(mounts)
 
 
 @Parameter(name="*")
@@ -276,6 +281,36 @@ async def build(
         return 0
 
     return await obeying_signals(work)
+
+
+@mounts.command
+def init(*, force: bool = False, common: Common = _COMMON) -> int:
+    """Write an allowlist to begin with, which explains itself.
+
+    Args:
+        force: Replace one that is there.
+    """
+    return init_allowlist(common.settings(), force=force)
+
+
+@mounts.command
+def check(
+    path: str,
+    /,
+    *,
+    group: GroupOption = "main",
+    rw: bool = False,
+    common: Common = _COMMON,
+) -> int:
+    """Say whether a directory would be mounted for a group, and why, or why not.
+
+    The exit code is 0 if it would be, 1 if not.
+
+    Args:
+        path: The directory.
+        rw: Ask to write in it, too.
+    """
+    return check_mount(common.settings(), group_of(group), path, rw=rw)
 
 
 def main() -> NoReturn:
