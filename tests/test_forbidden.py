@@ -104,6 +104,17 @@ def test_a_place_is_closed_by_each_of_its_names(tmp_path: Path) -> None:
     assert zone.complaint(tmp_path / "a") is not None
 
 
+def test_a_symlink_on_the_way_closes_no_more_than_itself(tmp_path: Path) -> None:
+    """A home that is reached through a symlink keeps what is open in it open."""
+    (tmp_path / "real" / "home" / ".ssh").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("real/home")
+    zone = Zone({str(tmp_path / "link" / ".ssh"): "is secret"})
+
+    assert zone.complaint(tmp_path / "real" / "home" / ".ssh") is not None
+    assert zone.complaint(tmp_path / "real" / "home") is not None
+    assert zone.complaint(tmp_path / "real" / "home" / "projects") is None
+
+
 def test_a_place_is_found_under_another_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -144,7 +144,8 @@ class _Twins:
 
 def _identity(place: Path) -> tuple[int, int] | None:
     try:
-        status = place.stat()
+        # Of a symlink itself: what it leads to may hold much that is open.
+        status = place.lstat()
     except OSError:
         return None
     return status.st_dev, status.st_ino
