@@ -24,7 +24,6 @@ from clawtrio._forbidden import Forbidden
 from clawtrio._grants import (
     Decision,
     WritableSources,
-    agent_may_replace,
     explain,
     grant_mounts,
 )
@@ -78,7 +77,7 @@ class World:
                 forbidden=self.forbidden,
                 writable=self.writable,
                 stack=stack,
-                **options,
+                **{"compares": True, **options},
             )
 
     def explain(self, request: AdditionalMount, *, is_main: bool = True) -> Decision:
@@ -599,18 +598,13 @@ def test_a_run_s_own_wishes_do_not_stand_in_each_other_s_way(world: World) -> No
 
 
 def test_an_agent_may_replace_what_is_in_a_writable_root(world: World) -> None:
-    """For runtimes whose mounts cannot be compared afterwards."""
-    allowlist = world.allowlist.read()
-    assert allowlist is not None
-
-    def replaceable(name: str) -> bool:
-        return agent_may_replace(
-            str(world.place / name), allowlist=allowlist, forbidden=world.forbidden
-        )
-
-    assert replaceable("w/y")
-    assert not replaceable("w")
-    assert not replaceable("p/x")
+    """It is not for runtimes that cannot tell what they have mounted."""
+    for name, expected in (("w/y", True), ("w", False), ("p/x", False)):
+        with world.granted(wish(world.place / name)) as (held, _):
+            assert held[0].replaceable is expected
+        with world.granted(wish(world.place / name), compares=False) as (held, refused):
+            assert len(held) == (not expected)
+            assert all("cannot tell what it mounts" in reason for _, reason in refused)
 
 
 # ---------------------------------------------------------------- sockets

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import example, given, strategies as st
 
 from clawtrio import Group, Settings, UnsafePathError
+from clawtrio._forbidden import Forbidden
 from clawtrio._groups import Places, open_places
 from clawtrio._hostfs import check_mountable
 from clawtrio._mounts import container_directory, hold_mounts
@@ -43,7 +44,8 @@ def mounts_of(
     places: Places, group: Group = GROUP, *, ours: bool = True
 ) -> Iterator[dict[str, HeldMount]]:
     """Hold the mounts of a run, by their place in the container."""
-    with hold_mounts(places, group, own_runner=ours) as mounts:
+    forbidden = Forbidden(places.settings, environment={})
+    with hold_mounts(places, group, forbidden, own_runner=ours) as mounts:
         by_target = {held.mount.container_path: held for held in mounts}
         assert len(by_target) == len(mounts)
         yield by_target

@@ -12,6 +12,7 @@ from collections.abc import (
     Callable,
     Collection,
     Iterable,
+    Sequence,
 )
 from contextlib import ExitStack, asynccontextmanager
 from datetime import UTC, datetime
@@ -23,16 +24,19 @@ import attrs
 import trio
 from trio_util import AsyncValue
 
+from ._allowlist import AllowlistFile
 from ._bwrap import BwrapRuntime
 from ._codec import ContainerInput, encode_groups, encode_input, encode_tasks
 from ._docker import DockerRuntime
 from ._errors import NotStartedError, RuntimeUnavailableError
 from ._flavours import FLAVOURS
+from ._forbidden import Forbidden
+from ._grants import Grants, WritableSources, grant_mounts
 from ._groups import Places, open_places
 from ._hostfs import Directory
 from ._models import AgentOutput, AvailableGroup, Group, RunResult, ScheduledTask
-from ._mounts import hold_mounts
-from ._process import in_thread
+from ._mounts import container_directory, hold_mounts
+from ._process import hold_in_thread, in_thread
 from ._run import Run, RunLogger
 from ._runlog import LogEntry, log_name, prune_logs, render_log
 from ._runtimes import (
@@ -42,6 +46,7 @@ from ._runtimes import (
     LABEL_RUN,
     RUNTIME_FAILURES,
     ContainerSpec,
+    HeldMount,
     Runtime,
     ask_within,
 )
@@ -100,6 +105,9 @@ class Engine:
         self._id = engine_id
         self._nursery = nursery
         self._runs: AsyncValue[tuple[Run, ...]] = AsyncValue(())
+        self._forbidden = Forbidden(settings, fixed=[str(container_directory())])
+        self._allowlist = AllowlistFile(settings, self._forbidden)
+        self._writable = WritableSources()
         self._closing = False
         self._janitor = Janitor(runtime, engine_id, settings.command_timeout)
         nursery.start_soon(self._janitor.work)
@@ -276,7 +284,9 @@ class Engine:
             UnsafePathError: If a place on the host cannot be trusted.
         """
         with ExitStack() as stack:
-            return list(self.runtime.argv(self._specify(group, "0" * 12, stack)))
+            granted, _ = self._grant(group, log, stack)
+            spec = self._specify(group, "0" * 12, granted, stack)
+            return list(self.runtime.argv(spec))
 
     async def _start(
         self, group: Group, container_input: ContainerInput, *, single_turn: bool
@@ -288,8 +298,10 @@ class Engine:
         with ExitStack() as stack:
             try:
                 stack.enter_context(self._places.lock_group(group))
+                granted, refused = await self._grant_soon(group, logger, stack)
+                self._check_open()
                 self._check_space()
-                spec = self._specify(group, run_id, stack)
+                spec = self._specify(group, run_id, granted, stack)
                 words = self._words(container_input, group, run_id, stack)
                 logs = stack.enter_context(self._places.open_logs(group))
             except OSError as exc:
@@ -307,6 +319,7 @@ class Engine:
                 ),
                 words=words,
                 single_turn=single_turn,
+                refused_mounts=refused,
                 log_path=Path(logs.path, log_name(started, run_id)),
                 logger=logger,
             )
@@ -404,7 +417,48 @@ class Engine:
             close=self.settings.close_grace,
         )
 
-    def _specify(self, group: Group, run_id: str, stack: ExitStack) -> ContainerSpec:
+    async def _grant_soon(
+        self, group: Group, logger: RunLogger, stack: ExitStack
+    ) -> Grants:
+        """Hold what is granted of the group's wishes; where it hangs, nothing is."""
+        requests = group.container_config.additional_mounts
+        grant = partial(self._grant, group, logger)
+        if self.runtime.in_process or not requests:
+            granted, refused = grant(stack)
+        else:
+            seconds = self.settings.command_timeout
+            problem = f"could not be looked at within {seconds:g} s"
+            granted, refused = [], [(request, problem) for request in requests]
+            with trio.move_on_after(seconds):
+                granted, refused = await hold_in_thread(grant, stack)
+        for _, reason in refused:
+            logger.warning("additional mount refused: %s", reason)
+        return granted, refused
+
+    def _grant(
+        self, group: Group, logger: logging.Logger | RunLogger, stack: ExitStack
+    ) -> Grants:
+        requests = group.container_config.additional_mounts
+        if not requests:
+            return [], []
+        return grant_mounts(
+            requests,
+            is_main=group.is_main,
+            allowlist=self._allowlist,
+            forbidden=self._forbidden,
+            writable=self._writable,
+            compares=self.runtime.compares_mounts,
+            stack=stack,
+            logger=logger,
+        )
+
+    def _specify(
+        self,
+        group: Group,
+        run_id: str,
+        granted: Sequence[HeldMount],
+        stack: ExitStack,
+    ) -> ContainerSpec:
         settings = self.settings
         places = self._places
         arguments: tuple[str, ...] = ()
@@ -414,7 +468,7 @@ class Engine:
         elif self.runtime.takes_runner:
             arguments = (settings.agent,)
         mounts = stack.enter_context(
-            hold_mounts(places, group, own_runner=bool(arguments))
+            hold_mounts(places, group, self._forbidden, own_runner=bool(arguments))
         )
         return ContainerSpec(
             name=f"clawtrio-{group.folder}-{run_id}",
@@ -423,7 +477,7 @@ class Engine:
                 LABEL_ENGINE: self._id,
                 LABEL_RUN: run_id,
             },
-            mounts=mounts,
+            mounts=(*mounts, *granted),
             environment={
                 "TZ": settings.timezone,
                 "HOME": HOME,

@@ -177,16 +177,17 @@ class Forbidden:
         root, groups = settings.root, settings.groups_dir
         secrets = [str(Path(home, name)) for home in _homes() for name in _SECRETS]
         secrets += _from_environment(environment)
+        private = {
+            settings.data_dir: "is clawtrio's own",
+            settings.allowlist_path: "says what may be mounted",
+            **{f"{root}/{name}": "is the bot's own" for name in _ROOT_SECRETS},
+            **dict.fromkeys(_SYSTEM, "is the system's"),
+            **dict.fromkeys(_SERVICES, "belongs to a service"),
+            **dict.fromkeys(secrets, "is where secrets are"),
+        }
+        self._private = Zone(private)
         self._never = Zone(
-            {
-                settings.data_dir: "is clawtrio's own",
-                settings.allowlist_path: "says what may be mounted",
-                groups: "is where agents write",
-                **{f"{root}/{name}": "is the bot's own" for name in _ROOT_SECRETS},
-                **dict.fromkeys(_SYSTEM, "is the system's"),
-                **dict.fromkeys(_SERVICES, "belongs to a service"),
-                **dict.fromkeys(secrets, "is where secrets are"),
-            },
+            {groups: "is where agents write", **private},
             {
                 root: "is the bot's own",
                 **dict.fromkeys(_WHOLES, "is too much"),
@@ -212,6 +213,10 @@ class Forbidden:
         if place.parent == _HOMES:
             return f"{place} is a home directory"
         return self._never.complaint(place)
+
+    def is_private(self, place: Path) -> bool:
+        """Whether not even main sees *place*, which is in the bot's directory."""
+        return self._private.complaint(place) is not None
 
     def write_complaint(self, place: Path) -> str | None:
         """Say why nobody may write in *place*, the real path of a directory, if so."""

@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 
 #: Roots, each with where it really is.
 _Roots: TypeAlias = "list[tuple[Path, AllowedRoot]]"
+#: What is held; and the refused wishes, each with the reason in one line.
+Grants: TypeAlias = "tuple[list[HeldMount], list[tuple[AdditionalMount, str]]]"
 Logger: TypeAlias = "logging.Logger | logging.LoggerAdapter[logging.Logger]"
 
 
@@ -81,9 +83,10 @@ def grant_mounts(
     allowlist: AllowlistFile,
     forbidden: Forbidden,
     writable: WritableSources,
+    compares: bool,
     stack: ExitStack,
     logger: Logger = log,
-) -> tuple[list[HeldMount], list[tuple[AdditionalMount, str]]]:
+) -> Grants:
     """Hold what is granted of a group's wishes, and say why the others are not.
 
     Args:
@@ -92,6 +95,7 @@ def grant_mounts(
         allowlist: What the operator allows.
         forbidden: What nobody is given.
         writable: What live runs can write in. What this one can is added.
+        compares: Whether the runtime can tell afterwards what was mounted.
         stack: Gives back, at the run's end, what is held.
         logger: Told of roots that allow nothing, and of sockets that the container
             will see; not of refusals.
@@ -99,13 +103,12 @@ def grant_mounts(
     Returns:
         What is held; and the refused wishes, each with the reason in one line.
     """
-    if not requests:
-        return [], []
     judge = _Judge(
         is_main=is_main,
         allowlist=allowlist,
         forbidden=forbidden,
         writable=writable,
+        compares=compares,
         logger=logger,
     )
     decisions = judge.decide(requests, stack)
@@ -133,21 +136,11 @@ def explain(
         allowlist=allowlist,
         forbidden=forbidden,
         writable=WritableSources(),
+        compares=True,
         logger=log,
     )
     with ExitStack() as stack:
         return judge.decide([request], stack)[0]
-
-
-def agent_may_replace(
-    path: str, *, allowlist: MountAllowlist, forbidden: Forbidden
-) -> bool:
-    """Whether a component of *path* is in a directory that some group may write in.
-
-    Then a runtime which mounts by path, and whose mounts cannot be compared with what
-    was checked, must not be given it.
-    """
-    return forbidden.agent_may_replace(path, _writable_roots(allowlist))
 
 
 def _writable_roots(allowlist: MountAllowlist) -> Iterator[Path]:
@@ -174,6 +167,7 @@ class _Judge:
     allowlist: AllowlistFile
     forbidden: Forbidden
     writable: WritableSources
+    compares: bool
     logger: Logger
 
     def decide(
@@ -210,10 +204,25 @@ class _Judge:
             if target.is_relative_to(other) or other.is_relative_to(target):
                 problem = f"{target} overlaps {other}: choose another container path"
                 raise RefusedError(problem)
-        taken.append(target)
         status = os.fstat(fd)
         mount = VolumeMount(str(place), str(target), readonly)
-        held = HeldMount(mount, fd, status.st_dev, status.st_ino)
+        held = HeldMount(
+            mount,
+            fd,
+            status.st_dev,
+            status.st_ino,
+            # A runtime that mounts by path may come upon something else by then.
+            replaceable=self.forbidden.agent_may_replace(
+                str(place), _writable_roots(rules)
+            ),
+        )
+        if held.replaceable and not self.compares:
+            problem = (
+                f"{place} is below a root with allowReadWrite, and this runtime cannot "
+                "tell what it mounts: choose another place, or an engine on this host"
+            )
+            raise RefusedError(problem)
+        taken.append(target)
         return Decision(request, one_line(reason), held)
 
     def _rules(self) -> MountAllowlist:

@@ -20,6 +20,7 @@ from typing import Final
 
 import attrs
 
+from ._forbidden import Forbidden
 from ._groups import Places
 from ._hostfs import Directory, check_mountable
 from ._models import Group, VolumeMount
@@ -31,9 +32,7 @@ _GLOBAL: Final = "/workspace/global"
 _IPC: Final = "/workspace/ipc"
 _CLAUDE: Final = f"{HOME}/.claude"
 
-#: What main does not see of the root: history, with all that was ever in it, and where
-#: NanoClaw keeps its messages. Names that begin like ``.env`` are secrets.
-_HIDDEN: Final = frozenset({".git", "store"})
+#: Names in the root that begin like this are secrets, whatever comes after it.
 _SECRETS: Final = ".env"
 
 
@@ -46,13 +45,14 @@ def container_directory() -> Path:
 
 @contextmanager
 def hold_mounts(
-    places: Places, group: Group, *, own_runner: bool
+    places: Places, group: Group, forbidden: Forbidden, *, own_runner: bool
 ) -> Iterator[tuple[HeldMount, ...]]:
     """Make what a run of *group* mounts, and hold it until the run's end.
 
     Args:
         places: Where things are.
         group: Whose run it is.
+        forbidden: What not even main sees.
         own_runner: Whether our agent runner is mounted, or what a foreign image's
             checkout has in its place.
 
@@ -63,7 +63,7 @@ def hold_mounts(
     root = Path(places.settings.root)
     skills = [container_directory() / "skills", root / "container" / "skills"]
     with ExitStack() as stack:
-        mounts = list(_hold_project(places, stack)) if group.is_main else []
+        mounts = list(_hold_project(places, forbidden, stack)) if group.is_main else []
         with places.open_group(group) as directory:
             mounts.append(_hold(directory, WORKSPACE_GROUP, stack))
         shared = None if group.is_main else places.open_global()
@@ -89,19 +89,14 @@ def hold_mounts(
         yield tuple(mounts)
 
 
-def _hold_project(places: Places, stack: ExitStack) -> Iterator[HeldMount]:
-    """Hold each entry of the root that is for main to see: all but secrets and data."""
-    root = places.settings.root
-    kept_out = [
-        Path(os.path.realpath(path))
-        for path in (places.settings.data_dir, places.settings.allowlist_path)
-    ]
-    with Directory.at(root) as directory:
+def _hold_project(
+    places: Places, forbidden: Forbidden, stack: ExitStack
+) -> Iterator[HeldMount]:
+    """Hold each entry of the root that is for main to see: all but what is private."""
+    root = os.path.realpath(places.settings.root)
+    with Directory.at(places.settings.root) as directory:
         for name in directory.names(None):
-            place = Path(os.path.realpath(root), name)
-            if name in _HIDDEN or name.startswith(_SECRETS):
-                continue
-            if any(path.is_relative_to(place) for path in kept_out):
+            if name.startswith(_SECRETS) or forbidden.is_private(Path(root, name)):
                 continue
             held = _hold(
                 directory, f"{_PROJECT}/{name}", stack, name=name, readonly=True

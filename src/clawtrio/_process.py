@@ -62,6 +62,36 @@ async def in_thread(fn: Callable[[], T], *, abandon_on_cancel: bool = False) -> 
     )
 
 
+async def hold_in_thread(fn: Callable[[ExitStack], T], stack: ExitStack) -> T:
+    """Call *fn* in a thread that cancellation leaves behind, as a hung mount may ask.
+
+    Args:
+        fn: Puts what it opens into the stack that it is given.
+        stack: Gets all that; what is opened by a thread left behind is given back.
+    """
+    lock = threading.Lock()
+    kept = ExitStack()
+    abandoned = False
+
+    def work() -> T:
+        with ExitStack() as own:
+            result = fn(own)
+            with lock:
+                if not abandoned:
+                    kept.push(own.pop_all())
+            return result
+
+    try:
+        result = await in_thread(work, abandon_on_cancel=True)
+    except BaseException:
+        with lock:
+            abandoned = True
+        kept.close()
+        raise
+    stack.push(kept.pop_all())
+    return result
+
+
 def client_environment() -> dict[str, str]:
     """Return the environment for a runtime's client."""
     return {

@@ -30,7 +30,14 @@ import trio
 from ._errors import NotStartedError, RunClosedError
 from ._handover import Handover
 from ._markers import MarkerParser
-from ._models import AgentOutput, DroppedFrame, Ending, Group, RunResult
+from ._models import (
+    AdditionalMount,
+    AgentOutput,
+    DroppedFrame,
+    Ending,
+    Group,
+    RunResult,
+)
 from ._runlog import Capture
 from ._runtimes import RUNTIME_FAILURES, Container, ContainerSpec, Runtime
 from ._settings import MIB, Settings
@@ -152,6 +159,7 @@ class Run:
         turns: Turns,
         words: Words,
         single_turn: bool,
+        refused_mounts: Sequence[tuple[AdditionalMount, str]],
         log_path: Path,
         logger: RunLogger,
     ) -> None:
@@ -168,6 +176,7 @@ class Run:
         self._turns = turns
         self._words = words
         self._single_turn = single_turn
+        self._refused_mounts = tuple(refused_mounts)
         self._log_path = log_path
         self._logger = logger
         self._handover = Handover()
@@ -460,6 +469,7 @@ class Run:
             unanswered=self._turns.unanswered,
             stdout_truncated=self.captures.stdout.total > limit,
             stderr_truncated=self.captures.stderr.total > limit,
+            refused_mounts=self._refused_mounts,
             log_path=self._log_path,
         )
 
