@@ -57,6 +57,7 @@ from ._models import (
     MountAllowlist as MountAllowlist,
     RunResult as RunResult,
     ScheduledTask as ScheduledTask,
+    Usage as Usage,
     VolumeMount as VolumeMount,
 )
 from ._run import Run as Run

@@ -248,7 +248,7 @@ def result_to_wire(result: RunResult) -> dict[str, Any]:
             {**attrs.asdict(mount), "reason": reason}
             for mount, reason in result.refused_mounts
         ],
-        "usage": result.usage,
+        "usage": attrs.asdict(result.usage) if result.usage else None,
         "logPath": str(result.log_path),
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
@@ -268,6 +268,33 @@ class Ending(Enum):
 
 
 @attrs.frozen(kw_only=True)
+class Usage:
+    """What a run has asked of the API, as the credential proxy saw it.
+
+    Attributes:
+        requests: Requests that went to the API.
+        request_bytes: Bytes of their bodies.
+        response_bytes: Bytes of the responses' bodies.
+        statuses: (HTTP status, how often) of all that was answered, also by the proxy
+            itself, in order of the status.
+        input_tokens: Tokens read at full price, as the API reports them.
+        output_tokens: Tokens written. Where a stream was cut before the API said how
+            many, at least as many as it had pieces.
+        cache_creation_input_tokens: Tokens written to the prompt cache.
+        cache_read_input_tokens: Tokens read from it.
+    """
+
+    requests: int = 0
+    request_bytes: int = 0
+    response_bytes: int = 0
+    statuses: tuple[tuple[int, int], ...] = ()
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cache_creation_input_tokens: int = 0
+    cache_read_input_tokens: int = 0
+
+
+@attrs.frozen(kw_only=True)
 class RunResult:
     """How a run ended.
 
@@ -287,7 +314,7 @@ class RunResult:
         stdout_truncated: Whether the log keeps only the head and tail of stdout.
         stderr_truncated: The same for stderr.
         refused_mounts: Additional mounts not granted, each with the reason.
-        usage: What the API counted for the run, by name; None if nobody counted.
+        usage: What the run asked of the API; None if nobody counted.
         log_path: The run's log file.
     """
 
@@ -304,5 +331,5 @@ class RunResult:
     stdout_truncated: bool
     stderr_truncated: bool
     refused_mounts: tuple[tuple[AdditionalMount, str], ...] = ()
-    usage: Mapping[str, int] | None = None
+    usage: Usage | None = None
     log_path: Path
