@@ -20,6 +20,7 @@ ERRORS = [
         "'/a\\nb': $: must be an object",
     ),
     (clawtrio.UnsafePathError("/a\nb", "is a FIFO"), "'/a\\nb': is a FIFO"),
+    (clawtrio.CredentialsError("no key", "Set it."), "no key. Set it."),
     (
         clawtrio.RuntimeUnavailableError("docker", "is down", "Start it."),
         "docker: is down. Start it.",

@@ -167,6 +167,7 @@ def _is_ours(name: str) -> bool:
         "AllowlistError",
         "ClawtrioError",
         "ContainerConfig",
+        "CredentialsError",
         "DroppedFrame",
         "Ending",
         "FollowUpRefusedError",

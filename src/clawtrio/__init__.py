@@ -18,6 +18,7 @@ See :func:`open_engine`.
 #   _process, _seccomp            client processes; what bwrap's sandbox denies
 #   _bwrap, _flavours, _docker    the runtimes
 #   _image                        building the image
+#   _credentials                  the API's credential
 #   _stdin                        words -> the agent
 #   _markers                      the agent's bytes -> outputs (sans-I/O)
 #   _turns                        outputs -> who owes whom an answer (sans-I/O)
@@ -35,6 +36,7 @@ from ._engine import Engine as Engine, open_engine as open_engine
 from ._errors import (
     AllowlistError as AllowlistError,
     ClawtrioError as ClawtrioError,
+    CredentialsError as CredentialsError,
     FollowUpRefusedError as FollowUpRefusedError,
     GroupBusyError as GroupBusyError,
     GroupFolderError as GroupFolderError,

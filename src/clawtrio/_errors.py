@@ -75,6 +75,22 @@ class UnsafePathError(ClawtrioError):
 
 
 @attrs.define
+class CredentialsError(ClawtrioError):
+    """There is no credential for the API, or none that can be used.
+
+    Attributes:
+        problem: What is missing or wrong, and where; never the credential itself.
+        remedy: What to put where.
+    """
+
+    problem: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.problem}. {self.remedy}"
+
+
+@attrs.define
 class RuntimeUnavailableError(ClawtrioError):
     """Containers cannot be run here, as things are.
 
