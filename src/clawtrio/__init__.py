@@ -18,7 +18,7 @@ See :func:`open_engine`.
 #   _process, _seccomp            client processes; what bwrap's sandbox denies
 #   _bwrap, _flavours, _docker    the runtimes
 #   _image                        building the image
-#   _credentials                  the API's credential
+#   _credentials, _proxy          the API's credential; requests that carry it upstream
 #   _stdin                        words -> the agent
 #   _markers                      the agent's bytes -> outputs (sans-I/O)
 #   _turns                        outputs -> who owes whom an answer (sans-I/O)
