@@ -37,7 +37,9 @@ from clawtrio._runtimes import (
 from clawtrio._settings import GIB, Settings
 from clawtrio.testing import FakeAgent, FakeRuntime, framed, scripted_agent
 
-COMMANDS: Final = ("run", "chat", "demo", "doctor", "ps", "sweep", "logs", "reset")
+COMMANDS: Final = (
+    *("run", "chat", "demo", "doctor", "ps", "sweep", "logs", "reset", "proxy"),
+)
 COMMAND: Final = (sys.executable, "-m", "clawtrio")
 #: Seconds for anything here: podman takes two on a busy machine.
 PATIENCE: Final = 60.0

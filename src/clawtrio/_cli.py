@@ -33,6 +33,7 @@ from ._cli_care import RuntimeName, has_data, list_containers, print_logs, sweep
 from ._cli_demo import demo
 from ._cli_doctor import doctor
 from ._cli_mounts import check_mount, init_allowlist
+from ._cli_proxy import serve_proxy
 from ._cli_runs import STDIN, UsageError, chat, group_of, plan_run, reset, run_prompt
 from ._cli_terminal import Interrupts, complain, note, obeying_signals, prepare, write
 from ._engine import choose_runtime
@@ -248,6 +249,27 @@ def reset_command(group: str, /, *, common: Common = _COMMON) -> int:
             forgot = reset(places, wanted)
     note(f"{group}: {'forgotten' if forgot else 'there was no session to forget'}")
     return 0
+
+
+@app.command(name="proxy", sort_key=8)
+async def proxy_command(
+    *,
+    host: Annotated[str, Parameter(show_default=True)] = "127.0.0.1",
+    port: Annotated[
+        int, Parameter(validator=Number(gte=0, lte=65535), show_default=True)
+    ] = 0,
+    common: Common = _COMMON,
+) -> int:
+    """Run the credential proxy alone, for agents that others run.
+
+    It prints where it is and the token to use there, and, once a signal ends it, what
+    the API has counted.
+
+    Args:
+        host: The address to listen on.
+        port: The port; 0 takes a free one.
+    """
+    return await obeying_signals(partial(serve_proxy, common.settings(), host, port))
 
 
 @image.command
