@@ -9,6 +9,7 @@ but the API itself, so that neither is faster than the other.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from functools import partial
@@ -98,8 +99,8 @@ class ClientConnection:
                     self._http.start_next_cycle()
                 if self._http.our_state in {h11.DONE, h11.MUST_CLOSE}:
                     await self._linger()
-        except (trio.BrokenResourceError, trio.TooSlowError):
-            log.debug("a client has left, or does not read")
+        except trio.BrokenResourceError:
+            log.debug("a client has left")
         finally:
             if self._ticket is not None:
                 self._ticket.connections.discard(self._scope)
@@ -213,7 +214,7 @@ class ClientConnection:
             refusal = RefusedError(504, "timeout_error", "the request takes too long")
         except RefusedError as exc:
             refusal = exc
-        except (trio.BrokenResourceError, trio.TooSlowError):
+        except trio.BrokenResourceError:
             return False
         # An answer that has begun can only be broken off.
         return refusal if self._http.our_state is h11.SEND_RESPONSE else False
@@ -294,8 +295,11 @@ class ClientConnection:
     async def _send(self, *events: h11.Event) -> None:
         data = b"".join(self._http.send(event) or b"" for event in events)
         if data:
-            with trio.fail_after(self._limits.stall_timeout):
-                await self._stream.send_all(data)
+            # A client that does not read is done with. This is cheaper than a scope for
+            # each piece, and most pieces are small.
+            self._scope.deadline = trio.current_time() + self._limits.stall_timeout
+            await self._stream.send_all(data)
+            self._scope.deadline = math.inf
 
     async def _receive(self) -> bytes:
         return bytes(await self._stream.receive_some(_READ_SIZE))
