@@ -9,6 +9,7 @@ prints a table; Node must be installed.
 from __future__ import annotations
 
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -257,5 +258,7 @@ def show(ours: list[list[float]], node: list[list[float]]) -> None:
 if __name__ == "__main__":
     if len(sys.argv) > 1:
         trio.run(be_ours, int(sys.argv[1]))
-    else:
+    elif shutil.which("node"):
         trio.run(main)
+    else:
+        sys.exit("Node is not installed: there is nothing to compare with")

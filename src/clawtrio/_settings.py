@@ -271,7 +271,8 @@ class Settings:
             programs are loaded (``LD_*``, ``GLIBC_*``).
         writable_agent_runner: Whether each group has its own copy of the runner.
         proxy_host: Address for the credential proxy, where it needs one.
-        proxy_paths: API paths that agents may call; None is what the agent needs.
+        proxy_paths: API paths that agents may call, by GET, HEAD and POST; None is what
+            the Claude CLI needs. Never OAuth, files, batches or administration.
         max_output_tokens: Budget of a run; None is no limit.
         max_requests: API requests of a run; None is no limit.
 
