@@ -1,5 +1,7 @@
 """Start an agent inside the container: ``python3 /app/src echo`` or ``-- ARGV...``.
 
+Before that, the proxy on the host gets a port in here: see ``forward.py``.
+
 The directory is mounted at /app/src and started as a program; it is not a package, so
 its modules import each other by plain name. To add a backend, write a module with
 ``run(session) -> int`` beside ``echo.py`` and enter it in ``BACKENDS``.
@@ -42,11 +44,19 @@ def main(argv: list[str], *, inbox: Path | None = None) -> int:
         argv: ``[backend]``, or ``["--", command, argument, ...]``.
         inbox: Where follow-ups come as files, if not where the wire says.
     """
-    if argv[:1] == ["--"] and len(argv) > 1:
-        return run_command(argv[1:])
-    if len(argv) != 1 or argv[0] not in BACKENDS:
+    foreign = argv[:1] == ["--"] and len(argv) > 1
+    if not foreign and (len(argv) != 1 or argv[0] not in BACKENDS):
         known = " | ".join([*BACKENDS, "-- COMMAND [ARGUMENT]..."])
         return complain(f"expected {known}, not {argv}", USAGE)
+    if "CLAWTRIO_PROXY" in os.environ:
+        import forward  # noqa: PLC0415 - what has no proxy starts faster
+
+        try:
+            forward.start(os.environ)
+        except forward.ForwardError as exc:
+            return complain(str(exc), 1)
+    if foreign:
+        return run_command(argv[1:])
     return run_backend(BACKENDS[argv[0]], inbox)
 
 
