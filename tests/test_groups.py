@@ -74,10 +74,11 @@ def test_an_empty_root_gets_all_that_is_needed(root: Path) -> None:
         "logs",
         "root-id",
         "sessions",
+        "sockets",
         "trash",
     ]
     assert mode_of(root / "data") == 0o700
-    for name in ("engines", "locks", "logs", "trash"):
+    for name in ("engines", "locks", "logs", "sockets", "trash"):
         assert mode_of(root / "data" / name) == 0o700
     assert mode_of(root / "data" / "root-id") == 0o600
 

@@ -19,6 +19,7 @@ See :func:`open_engine`.
 #   _bwrap, _flavours, _docker    the runtimes
 #   _image                        building the image
 #   _credentials, _proxy          the API's credential; requests that carry it upstream
+#   _access                       a run's way to the API
 #   _stdin                        words -> the agent
 #   _markers                      the agent's bytes -> outputs (sans-I/O)
 #   _turns                        outputs -> who owes whom an answer (sans-I/O)

@@ -24,9 +24,11 @@ import attrs
 import trio
 from trio_util import AsyncValue
 
+from ._access import PORT, Access, open_socket, tell
 from ._allowlist import AllowlistFile
 from ._bwrap import BwrapRuntime
 from ._codec import ContainerInput, encode_groups, encode_input, encode_tasks
+from ._credentials import CredentialFile
 from ._docker import DockerRuntime
 from ._errors import NotStartedError, RuntimeUnavailableError
 from ._flavours import FLAVOURS
@@ -37,6 +39,7 @@ from ._hostfs import Directory
 from ._models import AgentOutput, AvailableGroup, Group, RunResult, ScheduledTask
 from ._mounts import container_directory, hold_mounts
 from ._process import hold_in_thread, in_thread
+from ._proxy import Proxy, open_proxy
 from ._run import Run, RunLogger
 from ._runlog import LogEntry, log_name, prune_logs, render_log
 from ._runtimes import (
@@ -93,15 +96,20 @@ class Engine:
 
     def __init__(
         self,
+        *,
         settings: Settings,
         runtime: Runtime,
         places: Places,
+        credentials: CredentialFile,
+        proxy: Proxy,
         engine_id: str,
         nursery: trio.Nursery,
     ) -> None:
         self.settings = settings
         self.runtime = runtime
         self._places = places
+        self._proxy = proxy
+        self._credentials = credentials
         self._id = engine_id
         self._nursery = nursery
         self._runs: AsyncValue[tuple[Run, ...]] = AsyncValue(())
@@ -144,6 +152,7 @@ class Engine:
 
         Raises:
             NotStartedError: If the container could not be started.
+            CredentialsError: If there is no credential for the agent's API.
             GroupBusyError: If the group has a live run.
             UnsafePathError: If a place on the host cannot be trusted.
             RuntimeError: If the engine is closed.
@@ -197,6 +206,7 @@ class Engine:
 
         Raises:
             NotStartedError: If the container could not be started.
+            CredentialsError: If there is no credential for the agent's API.
             GroupBusyError: If the group has a live run.
             UnsafePathError: If a place on the host cannot be trusted.
             RuntimeError: If the engine is closed.
@@ -284,8 +294,12 @@ class Engine:
             UnsafePathError: If a place on the host cannot be trusted.
         """
         with ExitStack() as stack:
+            run_id = "0" * 12
             granted, _ = self._grant(group, log, stack)
-            spec = self._specify(group, "0" * 12, granted, stack)
+            access = self._open_access(group, run_id, stack)
+            if access and access.listener:
+                stack.callback(access.listener.socket.close)
+            spec = self._specify(group, run_id, granted, access, stack)
             return list(self.runtime.argv(spec))
 
     async def _start(
@@ -298,10 +312,14 @@ class Engine:
         with ExitStack() as stack:
             try:
                 stack.enter_context(self._places.lock_group(group))
+                if self._needs_credential():
+                    self._credentials.require()
                 granted, refused = await self._grant_soon(group, logger, stack)
                 self._check_open()
                 self._check_space()
-                spec = self._specify(group, run_id, granted, stack)
+                access = self._open_access(group, run_id, stack)
+                self._serve(access)
+                spec = self._specify(group, run_id, granted, access, stack)
                 words = self._words(container_input, group, run_id, stack)
                 logs = stack.enter_context(self._places.open_logs(group))
             except OSError as exc:
@@ -320,6 +338,7 @@ class Engine:
                 words=words,
                 single_turn=single_turn,
                 refused_mounts=refused,
+                count_usage=lambda: access.ticket.usage if access else None,
                 log_path=Path(logs.path, log_name(started, run_id)),
                 logger=logger,
             )
@@ -417,6 +436,33 @@ class Engine:
             close=self.settings.close_grace,
         )
 
+    def _needs_credential(self) -> bool:
+        """Whether a run is pointless without; a user's own agent may need none."""
+        return self.settings.agent_command is None and self.settings.agent != "echo"
+
+    def _open_access(
+        self, group: Group, run_id: str, stack: ExitStack
+    ) -> Access | None:
+        """Give a run its way to the API; None if its agent does not know of one."""
+        settings = self.settings
+        if settings.agent_command is None and settings.agent == "echo":
+            return None
+        ticket = stack.enter_context(
+            self._proxy.admit(
+                group.folder,
+                run_id,
+                max_output_tokens=settings.max_output_tokens,
+                max_requests=settings.max_requests,
+            )
+        )
+        access = tell(ticket, self._credentials.current(), f"http://127.0.0.1:{PORT}")
+        return open_socket(access, self._places, f"{self._id}-{run_id}", stack)
+
+    def _serve(self, access: Access | None) -> None:
+        if access and access.listener:
+            serve = partial(self._proxy.serve, access.listener, ticket=access.ticket)
+            self._nursery.start_soon(serve)
+
     async def _grant_soon(
         self, group: Group, logger: RunLogger, stack: ExitStack
     ) -> Grants:
@@ -457,6 +503,7 @@ class Engine:
         group: Group,
         run_id: str,
         granted: Sequence[HeldMount],
+        access: Access | None,
         stack: ExitStack,
     ) -> ContainerSpec:
         settings = self.settings
@@ -470,6 +517,7 @@ class Engine:
         mounts = stack.enter_context(
             hold_mounts(places, group, self._forbidden, own_runner=bool(arguments))
         )
+        way = (access.mount,) if access and access.mount else ()
         return ContainerSpec(
             name=f"clawtrio-{group.folder}-{run_id}",
             labels={
@@ -477,12 +525,13 @@ class Engine:
                 LABEL_ENGINE: self._id,
                 LABEL_RUN: run_id,
             },
-            mounts=(*mounts, *granted),
+            mounts=(*mounts, *way, *granted),
             environment={
                 "TZ": settings.timezone,
                 "HOME": HOME,
                 "LANG": "C.UTF-8",
                 **settings.agent_env,
+                **(access.environment if access else {}),
             },
             arguments=arguments,
             uid=places.owner.uid,
@@ -586,6 +635,7 @@ async def open_engine(
     """
     settings = settings or Settings.load()
     runtime = runtime or choose_runtime(settings)
+    credentials = CredentialFile(settings.root)
     with open_places(settings) as places:
         await ask_within(settings.command_timeout, runtime, runtime.check)
         try:
@@ -596,9 +646,18 @@ async def open_engine(
         engine_file = EngineFile(places.engines, runtime.name)
         clean = True
         try:
-            async with _open_bare_nursery() as nursery:
+            async with (
+                open_proxy(credentials, paths=settings.proxy_paths) as proxy,
+                _open_bare_nursery() as nursery,
+            ):
                 engine = Engine(
-                    settings, runtime, places, engine_file.engine_id, nursery
+                    settings=settings,
+                    runtime=runtime,
+                    places=places,
+                    credentials=credentials,
+                    proxy=proxy,
+                    engine_id=engine_file.engine_id,
+                    nursery=nursery,
                 )
                 try:
                     yield engine

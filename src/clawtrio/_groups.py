@@ -7,6 +7,7 @@
     data/ipc/<folder>           messages, tasks, input: the agent writes in it
     data/sessions/<folder>      .claude, in which the agent writes; its runner's copy
     data/logs/<folder>          run logs, never mounted
+    data/sockets/<run>          where the run's container reaches the proxy
     data/locks, data/engines    locks, never mounted
     data/trash                  what waits to be deleted, never mounted
 
@@ -46,6 +47,9 @@ class Places:
         settings: Where they are.
         owner: Whom what we make for agents belongs to, and whom they run as.
         trash: Where things go that an agent may still be writing in.
+        engines: Where engines have their files.
+        sockets: Where each run has a directory for its socket, named
+            ``<engine id>-<run id>``.
         root_id: Random, kept in the data directory: which root a container is of.
     """
 
@@ -56,6 +60,7 @@ class Places:
         self._data = stack.enter_context(Directory.at(settings.data_dir))
         enter = stack.enter_context
         self.engines = enter(self._data.subdirectory("engines", mode=0o700))
+        self.sockets = enter(self._data.subdirectory("sockets", mode=0o700))
         self._locks = enter(self._data.subdirectory("locks", mode=0o700))
         self._logs = enter(self._data.subdirectory("logs", mode=0o700))
         self._ipc = enter(self._data.subdirectory("ipc"))

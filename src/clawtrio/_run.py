@@ -37,6 +37,7 @@ from ._models import (
     Ending,
     Group,
     RunResult,
+    Usage,
 )
 from ._runlog import Capture
 from ._runtimes import RUNTIME_FAILURES, Container, ContainerSpec, Runtime
@@ -160,6 +161,7 @@ class Run:
         words: Words,
         single_turn: bool,
         refused_mounts: Sequence[tuple[AdditionalMount, str]],
+        count_usage: Callable[[], Usage | None],
         log_path: Path,
         logger: RunLogger,
     ) -> None:
@@ -177,6 +179,7 @@ class Run:
         self._words = words
         self._single_turn = single_turn
         self._refused_mounts = tuple(refused_mounts)
+        self._count_usage = count_usage
         self._log_path = log_path
         self._logger = logger
         self._handover = Handover()
@@ -470,6 +473,7 @@ class Run:
             stdout_truncated=self.captures.stdout.total > limit,
             stderr_truncated=self.captures.stderr.total > limit,
             refused_mounts=self._refused_mounts,
+            usage=self._count_usage(),
             log_path=self._log_path,
         )
 

@@ -98,6 +98,9 @@ async def sweep(places: Places, runtime: Runtime) -> list[FoundContainer]:
                 name = one_line(container.id)
                 log.warning("removed %s, left by a dead engine", name)
                 removed.append(container)
+        for name in places.sockets.names(None):
+            if name.partition("-")[0] in dead:
+                places.sockets.discard(name, places.trash)
         for engine_id in (name for name, done in dead.items() if done):
             engines.remove(engine_id)
     if failure is not None:

@@ -1,0 +1,108 @@
+"""A run's way to the API: a ticket for the proxy, a socket, and what the agent is told.
+
+A container has no network. It has a directory with a Unix socket in it, on which the
+proxy serves this one run; our agent runner gives the agent a loopback port for that.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Final
+
+import attrs
+import trio
+
+from ._credentials import Credential
+from ._groups import Places
+from ._models import VolumeMount
+from ._proxy_tickets import Ticket
+from ._runtimes import HeldMount
+
+#: The port of the proxy in a container; NanoClaw's.
+PORT: Final = 3001
+#: Where the socket's directory is mounted.
+_MOUNT_POINT: Final = "/run/clawtrio"
+_SOCKET: Final = "proxy.sock"
+#: How many connections may wait: agents open several at once.
+_BACKLOG: Final = 128
+
+#: Where a program looks for its credential; without one, any will do.
+_VARIABLES: Final = {
+    "api-key": "ANTHROPIC_API_KEY",
+    "oauth": "CLAUDE_CODE_OAUTH_TOKEN",
+}
+
+
+@attrs.frozen(kw_only=True)
+class Access:
+    """What a run has of the API.
+
+    Attributes:
+        ticket: Its right to use the proxy.
+        environment: What its agent is told.
+        hidden: Which of these variables no command line shows.
+        listener: Where the proxy is to serve it; None if that is still to be opened.
+        mount: What its container needs for that.
+    """
+
+    ticket: Ticket
+    environment: Mapping[str, str]
+    hidden: frozenset[str]
+    listener: trio.SocketListener | None = None
+    mount: HeldMount | None = None
+
+
+def tell(ticket: Ticket, credential: Credential | None, url: str) -> Access:
+    """Make what an agent is told, which finds the proxy at *url*."""
+    variable = _VARIABLES[credential.scheme if credential else "api-key"]
+    environment = {"ANTHROPIC_BASE_URL": url, variable: ticket.token}
+    return Access(ticket=ticket, environment=environment, hidden=frozenset({variable}))
+
+
+def open_socket(access: Access, places: Places, name: str, stack: ExitStack) -> Access:
+    """Open a Unix socket for a run, in a directory of its own; for someone to close.
+
+    Args:
+        access: The run's.
+        places: Where things are.
+        name: What to call the directory.
+        stack: Gives back the directory at the run's end.
+
+    Raises:
+        OSError: If it cannot be opened.
+    """
+    directory = places.sockets.subdirectory(name)
+    stack.callback(places.sockets.discard, name, places.trash)
+    with directory:
+        fd = directory.hold()
+        stack.callback(os.close, fd)
+        status = os.fstat(fd)
+        listener = _listen(f"/proc/self/fd/{fd}/{_SOCKET}")
+        mount = VolumeMount(directory.path, _MOUNT_POINT, readonly=True)
+    return attrs.evolve(
+        access,
+        environment={
+            **access.environment,
+            "CLAWTRIO_PROXY": f"{_MOUNT_POINT}/{_SOCKET}",
+        },
+        listener=listener,
+        mount=HeldMount(mount, fd, status.st_dev, status.st_ino, relabel=True),
+    )
+
+
+def _listen(address: str) -> trio.SocketListener:
+    """Listen on a path through a descriptor: its own may be too long for an address."""
+    opened = socket.socket(socket.AF_UNIX)
+    try:
+        opened.bind(address)
+        # Whoever is in the container may connect; out here, nobody gets this far.
+        Path(address).chmod(0o666)
+        opened.listen(_BACKLOG)
+        return trio.SocketListener(trio.socket.from_stdlib_socket(opened))
+    except BaseException:
+        opened.close()
+        raise
