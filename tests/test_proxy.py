@@ -234,7 +234,7 @@ async def test_the_end_of_a_run_cuts_off_what_is_in_flight() -> None:
             assert await client.stream.receive_some() == b""
             assert await idle.receive_some() == b""
             await world.api.gone.wait()
-        assert trio.current_time() - started < 0.1
+        assert trio.current_time() - started < 1
         with pytest.raises(OSError, match="all attempts"):
             await trio.open_tcp_stream("127.0.0.1", port)
         await client.stream.aclose()
@@ -520,7 +520,7 @@ async def test_an_api_that_is_silent_is_504() -> None:
     async with open_world(silent, limits=limits) as world:
         answer = await world.ask()
         assert (answer.status, answer.error) == (504, "timeout_error")
-    async with open_world(silent, limits=ProxyLimits(total_timeout=0.2)) as world:
+    async with open_world(silent, limits=ProxyLimits(total_timeout=0.7)) as world:
         answer = await world.ask()
         assert (answer.status, answer.error) == (504, "timeout_error")
         with trio.fail_after(PATIENCE):
@@ -537,7 +537,7 @@ async def test_a_stream_that_takes_too_long_is_broken_off() -> None:
             await call.send(b"data: 1\n\n")
             await trio.sleep(0.02)
 
-    async with open_world(endless, limits=ProxyLimits(total_timeout=0.3)) as world:
+    async with open_world(endless, limits=ProxyLimits(total_timeout=1)) as world:
         answer = await world.ask()
 
         assert answer.status == 200

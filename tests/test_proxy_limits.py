@@ -640,8 +640,29 @@ async def test_chunks_that_are_none_break_the_request(body: bytes) -> None:
     assert got.count(b"HTTP/1.1") == 1
 
 
+async def test_requests_that_were_left_take_no_place() -> None:
+    """Clients that leave do not use up the connections to the API."""
+
+    async def once_asked(call: Call) -> None:
+        await (silent if call.header("x-leaves") else answering)(call)
+
+    async with open_world(once_asked, limits=ProxyLimits(max_connections=3)) as world:
+        for number in range(12):
+            client = await world.connect()
+            await client.send(world.head(headers=[("x-leaves", "1")]))
+            await client.send(h11.EndOfMessage())
+            # Some leave before the API was reached.
+            if number % 3:
+                await until(lambda: world.ticket.connections)
+                await trio.sleep(0.01 * (number % 2))
+            await client.stream.aclose()
+            await until(lambda: not world.ticket.connections)
+        with trio.fail_after(PATIENCE):
+            assert (await world.ask()).status == 200
+
+
 async def test_descriptors_are_given_back(tmp_path: Path) -> None:
-    """A thousand requests leave nothing open."""
+    """Requests, answered and refused, leave nothing open."""
     path = str(tmp_path / "s")
     async with open_world() as world, trio.open_nursery() as nursery:
         listener = await unix_listener(path)
