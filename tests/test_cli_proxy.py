@@ -113,11 +113,13 @@ async def test_an_open_address_is_warned_about(
 
 
 async def test_an_address_that_is_taken_is_told(tmp_path: Path) -> None:
-    """A port that others have is an error of the command line."""
+    """A port that others have, or a name that is none, is the command line's error."""
     async with open_api() as api:
         settings = settings_with_key(tmp_path, api)
         with pytest.raises(UsageError, match=f"port {api.port}"):
             await serve_proxy(settings, "127.0.0.1", api.port, Interrupts())
+        with pytest.raises(UsageError, match=r"cannot listen on a\.\.b"):
+            await serve_proxy(settings, "a..b", 0, Interrupts())
 
 
 def test_without_a_credential_it_says_what_to_put_where(

@@ -23,7 +23,7 @@ async def serve_proxy(
     credential = credentials.require()
     try:
         listeners = await trio.open_tcp_listeners(port, host=host)
-    except OSError as exc:
+    except (OSError, UnicodeError) as exc:
         raise UsageError(f"cannot listen on {host}, port {port}: {exc}") from None
     address, port = listeners[0].socket.getsockname()[:2]
     if not ipaddress.ip_address(address).is_loopback:
