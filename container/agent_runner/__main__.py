@@ -34,7 +34,23 @@ def run_echo(session: Session) -> int:
     return echo.run(session)
 
 
-BACKENDS: dict[str, Callable[[Session], int]] = {"echo": run_echo}
+def run_claude(session: Session) -> int:
+    """Run the Claude Agent SDK."""
+    try:
+        import claude  # noqa: PLC0415 - as above
+    except ModuleNotFoundError as exc:
+        # It is in our image, and in what `clawtrio agent install` makes.
+        import wire  # noqa: PLC0415 - as above
+
+        wire.emit(status="error", error=f"the agent is not installed here: {exc}")
+        return 1
+    return claude.run(session)
+
+
+BACKENDS: dict[str, Callable[[Session], int]] = {
+    "claude": run_claude,
+    "echo": run_echo,
+}
 
 
 def main(argv: list[str], *, inbox: Path | None = None) -> int:

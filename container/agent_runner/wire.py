@@ -28,6 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
+import children
+
 START: Final = b"---NANOCLAW_OUTPUT_START---\n"
 END: Final = b"\n---NANOCLAW_OUTPUT_END---\n"
 
@@ -193,9 +195,13 @@ def say(text: str) -> None:
 
 
 def leave(reason: str, code: int) -> NoReturn:
-    """End the process now, from whichever thread, whatever the others are stuck in."""
+    """End the process now, from whichever thread, whatever the others are stuck in.
+
+    What it has started ends with it.
+    """
     try:
         say(reason)
+        children.kill_all()
     finally:
         os._exit(code)
 
