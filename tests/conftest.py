@@ -1,9 +1,9 @@
 """What every test gets: Hypothesis profiles, and the real runtimes where there are any.
 
-A test marked ``docker``, ``podman``, ``bwrap`` or ``node`` runs the real thing. What
-this machine lacks is deselected, and the header says so; what ``CLAWTRIO_DEMAND`` names
-(``CLAWTRIO_DEMAND=docker,bwrap``) must be there, or nothing runs. With ``CI`` set,
-skipping is failing.
+A test marked ``docker``, ``podman``, ``bwrap``, ``claude`` or ``node`` runs the real
+thing. What this machine lacks is deselected, and the header says so; what
+``CLAWTRIO_DEMAND`` names (``CLAWTRIO_DEMAND=docker,bwrap``) must be there, or nothing
+runs. With ``CI`` set, skipping is failing.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Final, TypeVar
 
 import pytest
 from hypothesis import settings
+
+from clawtrio._agent import agent_python
 
 IMAGE: Final = "clawtrio-agent:latest"
 IN_CI: Final = bool(os.environ.get("CI"))
@@ -77,10 +79,18 @@ def check_bwrap() -> str | None:
     return complaint_of(bwrap, "--unshare-pid", "--unshare-net", *sandbox, "true")
 
 
+def check_claude() -> str | None:
+    """Whether the agent with the Claude Agent SDK is installed for bwrap."""
+    if complaint_of(agent_python(), "-c", "import claude_agent_sdk"):
+        return "not installed: clawtrio agent install"
+    return None
+
+
 CHECKS: Final[dict[str, Callable[[], str | None]]] = {
     "docker": lambda: check_engine("docker"),
     "podman": lambda: check_engine("podman"),
     "bwrap": check_bwrap,
+    "claude": check_claude,
     "node": lambda: None if shutil.which("node") else "not installed",
 }
 

@@ -34,8 +34,9 @@ HEARTBEAT: Final = frame(None, partial=True)
 
 
 def settings_for(root: Path, **changes: Any) -> Settings:
-    """Make settings for a test: round numbers, and the disk may be full."""
+    """Make settings for a test: offline, round numbers, and the disk may be full."""
     plain = {
+        "agent": "echo",
         "answer_timeout": 100,
         "idle_timeout": 40,
         "close_grace": 7,

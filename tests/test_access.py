@@ -31,7 +31,9 @@ def no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def credential(root: Path, name: str = "ANTHROPIC_API_KEY") -> None:
-    (root / ".env").write_text(f"{name}={SECRET}\nANTHROPIC_BASE_URL=http://127.0.0.1:1")
+    (root / ".env").write_text(
+        f"{name}={SECRET}\nANTHROPIC_BASE_URL=http://127.0.0.1:1"
+    )
 
 
 async def answering(pipes: AgentPipes) -> int:
@@ -92,9 +94,7 @@ async def test_without_a_credential_nothing_starts(tmp_path: Path) -> None:
         ("ANTHROPIC_AUTH_TOKEN", "CLAUDE_CODE_OAUTH_TOKEN"),
     ],
 )
-async def test_what_the_agent_is_told(
-    tmp_path: Path, variable: str, told: str
-) -> None:
+async def test_what_the_agent_is_told(tmp_path: Path, variable: str, told: str) -> None:
     """A token of its own in the credential's place, and where the proxy is."""
     credential(tmp_path, variable)
 

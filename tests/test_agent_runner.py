@@ -685,7 +685,7 @@ async def test_wrong_arguments(argv: list[str]) -> None:
     code, stdout, stderr = await run(b"", *argv)
     assert (code, stdout) == (2, b"")
     assert stderr == (
-        f"agent_runner: expected echo | -- COMMAND [ARGUMENT]..., not {argv}\n"
+        f"agent_runner: expected claude | echo | -- COMMAND [ARGUMENT]..., not {argv}\n"
     )
 
 

@@ -84,10 +84,11 @@ def signals_are_heard() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have no settings but those of the test."""
+    """Have no settings but those of the test, and the agent that works offline."""
     for name in os.environ:
         if name.startswith("CLAWTRIO_") or name in ("NO_COLOR", "FORCE_COLOR"):
             monkeypatch.delenv(name)
+    monkeypatch.setenv("CLAWTRIO_AGENT", "echo")
 
 
 @pytest.fixture
@@ -327,7 +328,7 @@ def test_importing_the_library_imports_no_terminal() -> None:
         (["run"], "PROMPT requires an argument"),
         (["run", "--nope", "x"], "Unknown option: --nope"),
         (["run", "x", "--runtime", "lxc"], "Choose from"),
-        (["run", "x", "--agent", "nobody"], "agent: must be one of echo"),
+        (["run", "x", "--agent", "nobody"], "agent: must be one of claude, echo"),
         (["run", "x", "--group", "../x"], "group folder '../x'"),
         (["run", "  "], "the prompt is empty"),
         (["run", "-"], "the prompt is empty"),

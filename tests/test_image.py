@@ -71,8 +71,7 @@ async def test_lines_are_told(client: Path) -> None:
     lines = await build()
 
     assert sorted(lines) == ["one", "thr\\x1b[1mee\ufffd", "two", "\ufffd four"]
-    argv = told(client)
-    assert argv == ["build", "--force-rm", "--tag", "x:1", str(container_directory())]
+    assert told(client)[:-1] == ["build", "--force-rm", "--tag", "x:1"]
 
 
 async def test_endless_line(client: Path) -> None:
@@ -92,6 +91,39 @@ async def test_base_image(client: Path) -> None:
 
     argv = told(client)
     assert argv[4:6] == ["--build-arg", "BASE_IMAGE=base:1"]
+
+
+async def test_browser(client: Path) -> None:
+    """A browser is the Dockerfile's argument, where it is asked for."""
+    script(client, "")
+    with trio.fail_after(120):
+        await build_image(
+            "docker", image="x:1", base_image=None, browser=True, on_line=print
+        )
+
+    assert told(client)[4:6] == ["--build-arg", "BROWSER=1"]
+
+
+@pytest.mark.parametrize("trusted", ["one", None])
+def test_context(
+    client: Path, monkeypatch: pytest.MonkeyPatch, trusted: str | None
+) -> None:
+    """The build gets all that the image is made of, and the certificates pip trusts."""
+    listing = f"{client}.listing"
+    script(client, f'for last; do :; done; cd "$last" && /bin/ls -A >{listing}')
+    monkeypatch.delenv("PIP_CERT", raising=False)
+    if trusted:
+        certificates = client.with_name("ca.crt")
+        certificates.write_text(trusted)
+        monkeypatch.setenv("PIP_CERT", os.fspath(certificates))
+
+    trio.run(build)
+
+    names = {path.name for path in container_directory().iterdir()}
+    assert {"Dockerfile", "agent_runner", "requirements.txt"} <= names
+    shown = set(Path(listing).read_text().split())
+    assert shown == names | ({"ca.pem"} if trusted else set())
+    assert not Path(told(client)[-1]).exists()
 
 
 async def test_no_client(client: Path) -> None:

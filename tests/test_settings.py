@@ -43,7 +43,7 @@ def test_defaults(root: Path) -> None:
         data_dir=str(root / "data"),
         runtime="auto",
         image="clawtrio-agent:latest",
-        agent=settings.agent,
+        agent="claude",
         agent_command=None,
         stdin="lifeline",
         answer_timeout=1800.0,
@@ -85,6 +85,7 @@ GOOD: list[tuple[str, str, Any]] = [
     ("runtime", "podman", "podman"),
     ("image", "registry.example:5000/agent:2", "registry.example:5000/agent:2"),
     ("agent", "echo", "echo"),
+    ("agent", "claude", "claude"),
     (
         "agent_command",
         '["python3", "-u", "a b.py", ""]',

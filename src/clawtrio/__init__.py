@@ -17,7 +17,7 @@ See :func:`open_engine`.
 #   _mounts                       a group -> what its container sees, held
 #   _process, _seccomp            client processes; what bwrap's sandbox denies
 #   _bwrap, _flavours, _docker    the runtimes
-#   _image                        building the image
+#   _image, _agent                building the image; the agent that bwrap runs
 #   _credentials, _proxy          the API's credential; requests that carry it upstream
 #   _access                       a run's way to the API
 #   _stdin                        words -> the agent

@@ -96,6 +96,10 @@ class BwrapRuntime:
         Raises:
             RuntimeUnavailableError: If not; names the knob, where it is known.
         """
+        if not os.access(self._python, os.X_OK):
+            problem = f"there is no Python {self._python!r}"
+            remedy = "Install the agent: clawtrio agent install"
+            raise RuntimeUnavailableError("bwrap", problem, remedy)
         error: RuntimeUnavailableError | None = None
         # An AppArmor profile may allow it to the distribution's bwrap alone.
         for bwrap in bwraps(self._bwrap):

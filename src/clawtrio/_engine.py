@@ -25,6 +25,7 @@ import trio
 from trio_util import AsyncValue
 
 from ._access import PORT, Access, open_socket, tell
+from ._agent import agent_python
 from ._allowlist import AllowlistFile
 from ._bwrap import BwrapRuntime
 from ._codec import ContainerInput, encode_groups, encode_input, encode_tasks
@@ -82,8 +83,20 @@ def choose_runtime(settings: Settings) -> Runtime:
     if name == "auto":
         name = next((n for n in ("docker", "podman") if shutil.which(n)), "bwrap")
     if name == "bwrap":
-        return BwrapRuntime()
+        claude = settings.agent == "claude" and settings.agent_command is None
+        return BwrapRuntime(python=agent_python() if claude else None)
     return DockerRuntime(FLAVOURS[name], image=settings.image)
+
+
+def _for_claude(settings: Settings) -> dict[str, str]:
+    """Return what our backend for Claude reads of the settings."""
+    variables = {}
+    if settings.agent == "claude" and settings.agent_command is None:
+        if settings.model is not None:
+            variables["CLAWTRIO_MODEL"] = settings.model
+        if settings.partial_text:
+            variables["CLAWTRIO_PARTIAL_TEXT"] = "1"
+    return variables
 
 
 class Engine:
@@ -532,6 +545,7 @@ class Engine:
                 "LANG": "C.UTF-8",
                 **settings.agent_env,
                 **(access.environment if access else {}),
+                **_for_claude(settings),
             },
             arguments=arguments,
             uid=places.owner.uid,

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
+import tempfile
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Final
 
 import trio
@@ -41,6 +44,7 @@ async def build_image(
     *,
     image: str,
     base_image: str | None,
+    browser: bool = False,
     on_line: Callable[[str], object],
 ) -> None:
     """Build our image.
@@ -50,16 +54,14 @@ async def build_image(
         image: What to call it.
         base_image: What to build upon, in place of the Dockerfile's own choice. One
             that is here already is not pulled.
+        browser: Whether it has Chromium, and agent-browser to drive it.
         on_line: Called with each line that the build says, made fit for a terminal.
 
     Raises:
         RuntimeUnavailableError: If there is no image now; says why.
     """
     flavour = FLAVOURS[runtime]
-    # Else Docker's classic builder leaves the container of a step that failed.
-    argv = [flavour.name, "build", "--force-rm", "--tag", image]
-    if base_image is not None:
-        argv += ["--build-arg", f"BASE_IMAGE={base_image}"]
+    options = {"BASE_IMAGE": base_image, "BROWSER": "1" if browser else None}
     last: deque[str] = deque(maxlen=_LAST_LINES)
     step = ""
 
@@ -71,7 +73,10 @@ async def build_image(
         on_line(last[-1])
 
     try:
-        code = await _run_build([*argv, f"{container_directory()}"], hear)
+        with tempfile.TemporaryDirectory(prefix="clawtrio-") as context:
+            _fill(Path(context))
+            argv = _build_argv(flavour.name, image, options)
+            code = await run_command([*argv, context], hear)
         if (
             code == 0
             and (await ask([flavour.name, "image", "inspect", image])).code == 0
@@ -97,8 +102,42 @@ async def build_image(
     raise flavour.unavailable(problem, f"See {container_directory() / 'Dockerfile'}.")
 
 
-async def _run_build(argv: Sequence[str], on_line: Callable[[str], object]) -> int:
-    process = await spawn(argv, environment=client_environment())
+def _build_argv(
+    client: str, image: str, options: Mapping[str, str | None]
+) -> list[str]:
+    # Else Docker's classic builder leaves the container of a step that failed.
+    argv = [client, "build", "--force-rm", "--tag", image]
+    for name, value in options.items():
+        if value is not None:
+            argv += ["--build-arg", f"{name}={value}"]
+    return argv
+
+
+def _fill(context: Path) -> None:
+    """Copy what the image is made of, and the certificates that pip shall trust."""
+    shutil.copytree(container_directory(), context, dirs_exist_ok=True)
+    certificates = os.environ.get("PIP_CERT")
+    if certificates:
+        shutil.copyfile(certificates, context / "ca.pem")
+
+
+async def run_command(
+    argv: Sequence[str],
+    on_line: Callable[[str], object],
+    *,
+    environment: Mapping[str, str] | None = None,
+) -> int:
+    """Run *argv* to its end, and return its exit code.
+
+    Args:
+        argv: The command.
+        on_line: Called with each line that it writes.
+        environment: By default a runtime client's.
+
+    Raises:
+        NotStartedError: If it cannot be run.
+    """
+    process = await spawn(argv, environment=environment or client_environment())
     try:
         await process.stdin.aclose()
         async with trio.open_nursery() as nursery:

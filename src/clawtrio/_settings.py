@@ -237,7 +237,8 @@ class Settings:
         runtime: ``docker``, ``podman``, ``bwrap``; ``auto`` takes bwrap only where
             neither docker nor podman is installed.
         image: The container image; bwrap has none.
-        agent: The backend of our agent runner: ``echo``, which works offline.
+        agent: The backend of our agent runner: ``claude``, or ``echo``, which works
+            offline.
         agent_command: An argv to run in place of our agent, in the container.
         stdin: ``lifeline``: follow-ups come by stdin, whose end means that the host
             is gone. ``eof``: stdin ends after the input, follow-ups come as files;
@@ -287,7 +288,9 @@ class Settings:
         _one_of("auto", "docker", "podman", "bwrap"), default="auto"
     )
     image: str = _field(_text, default="clawtrio-agent:latest")
-    agent: Literal["echo"] = _field(_one_of("echo"), default="echo")
+    agent: Literal["claude", "echo"] = _field(
+        _one_of("claude", "echo"), default="claude"
+    )
     agent_command: tuple[str, ...] | None = _field(_words, default=None, optional=True)
     stdin: Literal["lifeline", "eof"] = _field(
         _one_of("lifeline", "eof"), default="lifeline"

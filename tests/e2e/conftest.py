@@ -128,6 +128,7 @@ class Site:
         values: dict[str, Any] = {
             "root": self.root,
             "runtime": self.runtime,
+            "agent": "echo",
             "answer_timeout": 30,
             "idle_timeout": 30,
             "close_grace": 10,
