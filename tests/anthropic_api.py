@@ -148,10 +148,18 @@ class Api:
 @asynccontextmanager
 async def open_api(*script: Step) -> AsyncIterator[Api]:
     """Serve on loopback for as long as the block takes."""
-    api = Api(list(script) or [Text(("ok",))])
     listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
     port = listeners[0].socket.getsockname()[1]
-    api.url = f"http://127.0.0.1:{port}"
+    api = Api(list(script) or [Text(("ok",))], url=f"http://127.0.0.1:{port}")
+    async with serve_api(api, listeners):
+        yield api
+
+
+@asynccontextmanager
+async def serve_api(
+    api: Api, listeners: list[trio.SocketListener]
+) -> AsyncIterator[Api]:
+    """Serve there for as long as the block takes."""
 
     async def serve(stream: trio.SocketStream) -> None:
         # The client may go at any moment.
