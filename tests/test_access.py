@@ -65,9 +65,9 @@ def request_with(token: str) -> bytes:
 
 @asynccontextmanager
 async def opened(
-    root: Path, agent: Any = answering, **changes: Any
+    root: Path, fake: Any = answering, **changes: Any
 ) -> AsyncIterator[tuple[Engine, FakeRuntime]]:
-    runtime = FakeRuntime(agent)
+    runtime = FakeRuntime(fake)
     async with engine_on(root, runtime, **{"agent": "claude", **changes}) as engine:
         yield engine, runtime
 
@@ -79,8 +79,6 @@ async def test_without_a_credential_nothing_starts(tmp_path: Path) -> None:
             await engine.run(GROUP, "hi", chat_jid=JID)
         assert runtime.specs == []
         credential(tmp_path)
-        await trio.to_thread.run_sync(lambda: None)
-        engine._credentials._next_look = 0
         result = await engine.run(GROUP, "hi", chat_jid=JID)
 
     assert result.ending is Ending.EXITED
@@ -138,8 +136,8 @@ async def test_the_socket_is_the_run_s_own(
     async def agent(pipes: AgentPipes) -> int:
         token = pipes.spec.environment["ANTHROPIC_API_KEY"]
         # The API itself is not there: whoever gets that far gets a 502.
-        for one in (token, *tokens, "wrong"):
-            answers.append(await ask(pipes, request_with(one)))
+        requests = map(request_with, (token, *tokens, "wrong"))
+        answers.extend([await ask(pipes, request) for request in requests])
         tokens.append(token)
         return await answering(pipes)
 
@@ -165,8 +163,8 @@ async def test_budgets(tmp_path: Path) -> None:
 
     async def agent(pipes: AgentPipes) -> int:
         token = pipes.spec.environment["ANTHROPIC_API_KEY"]
-        for _ in range(3):
-            answers.append(await ask(pipes, request_with(token)))
+        request = request_with(token)
+        answers.extend([await ask(pipes, request) for _ in range(3)])
         return await answering(pipes)
 
     async with opened(tmp_path, agent, max_requests=2) as (engine, _):
@@ -191,15 +189,16 @@ async def test_a_user_s_own_agent_may_do_without(tmp_path: Path) -> None:
     assert [answer.split()[1] for answer in answers] == [b"503"]
 
 
-async def test_after_the_run_nobody_listens(tmp_path: Path) -> None:
+async def test_after_the_run_nobody_listens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its socket is gone, its directory and its descriptors, however it ended."""
     credential(tmp_path)
     before = open_descriptors()
     gone = trio.Path(tmp_path, "data", "sockets")
 
-    async def agent(_: AgentPipes) -> int:
+    async def agent(_: AgentPipes) -> None:
         await trio.sleep_forever()
-        return 0
 
     async with opened(tmp_path, agent) as (engine, runtime):
         async with engine.open_run(GROUP, "hi", chat_jid=JID):
@@ -210,7 +209,7 @@ async def test_after_the_run_nobody_listens(tmp_path: Path) -> None:
             await trio.lowlevel.checkpoint()
             raise NotStartedError("no")
 
-        runtime.start = fails  # type: ignore[method-assign, assignment]
+        monkeypatch.setattr(runtime, "start", fails)
         with pytest.raises(NotStartedError):
             await engine.run(GROUP, "hi", chat_jid=JID)
         assert [entry async for entry in aiter_of(gone)] == []
@@ -235,13 +234,20 @@ async def test_a_root_with_a_long_name(tmp_path: Path) -> None:
     assert result.status == "success"
 
 
-async def test_a_plan_shows_the_socket_and_leaves_none(tmp_path: Path) -> None:
+async def test_a_plan_shows_the_socket_and_leaves_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is printed is what would be run, whether there is a credential or not."""
     before = open_descriptors()
 
     async with opened(tmp_path) as (engine, runtime):
         seen: list[clawtrio.ContainerSpec] = []
-        runtime.argv = lambda spec: seen.append(spec) or ()  # type: ignore[method-assign]
+
+        def argv(spec: clawtrio.ContainerSpec) -> list[str]:
+            seen.append(spec)
+            return []
+
+        monkeypatch.setattr(runtime, "argv", argv)
         engine.plan(GROUP)
         sockets = tmp_path / "data" / "sockets"
         assert list(sockets.iterdir()) == []

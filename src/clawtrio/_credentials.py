@@ -184,9 +184,7 @@ class CredentialFile:
         """Return the credential; None if there is none that can be used."""
         now = time.monotonic()
         if now >= self._next_look:
-            first = self._next_look < 0
-            self._next_look = now + self._interval
-            self._look(now, first=first)
+            self._look(now, first=self._next_look < 0)
         return self._credential
 
     def require(self) -> Credential:
@@ -195,15 +193,18 @@ class CredentialFile:
         Raises:
             CredentialsError: If there is none that can be used; says what to put where.
         """
-        credential = self.current()
-        if credential is not None:
-            return credential
+        if self.current() is None:
+            # With nothing to lose, even a file of this moment is believed.
+            self._look(time.monotonic(), first=True)
+        if self._credential is not None:
+            return self._credential
         if self._error is not None:
             raise CredentialsError(self._error.problem, self._error.remedy)
         problem = f"no credential in {self._path} nor in the environment"
         raise CredentialsError(problem, f"Set one of {', '.join(_VARIABLES)}.")
 
     def _look(self, now: float, *, first: bool) -> None:
+        self._next_look = now + self._interval
         try:
             lines = self._changed_lines(first=first)
             found = choose_credential(lines, os.environ)
