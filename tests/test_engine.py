@@ -505,7 +505,7 @@ import sys, trio, clawtrio
 from clawtrio.testing import FakeRuntime, scripted_agent
 
 async def main(root):
-    settings = clawtrio.Settings(root=root, min_free_bytes=0)
+    settings = clawtrio.Settings(root=root, agent="echo", min_free_bytes=0)
     async with clawtrio.open_engine(settings, FakeRuntime(scripted_agent())) as engine:
         group = clawtrio.Group("Family", "Family")
         async with engine.open_run(group, "Hi", chat_jid="x") as run:
