@@ -16,7 +16,8 @@ See :func:`open_engine`.
 #   _grants                       a group's wishes -> mounts, held, and refusals
 #   _mounts                       a group -> what its container sees, held
 #   _process, _seccomp            client processes; what bwrap's sandbox denies
-#   _bwrap, _flavours, _docker    the runtimes
+#   _flavours, _netns             how clients are asked; sockets inside a container
+#   _bwrap, _docker               the runtimes
 #   _image, _agent                building the image; the agent that bwrap runs
 #   _credentials, _proxy          the API's credential; requests that carry it upstream
 #   _access                       a run's way to the API

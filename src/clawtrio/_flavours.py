@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import attrs
@@ -190,13 +190,25 @@ class Answer:
         return tidy(lines[-1]) if lines else f"it failed with code {self.code}"
 
 
-async def ask(argv: Sequence[str]) -> Answer:
+async def ask(
+    argv: Sequence[str],
+    *,
+    environment: Mapping[str, str] | None = None,
+    pass_fds: Sequence[int] = (),
+) -> Answer:
     """Run a client to its end. Cancelling kills it at once.
+
+    Args:
+        argv: The client and its arguments.
+        environment: By default a client's.
+        pass_fds: Descriptors that it inherits.
 
     Raises:
         NotStartedError: If it cannot be run.
     """
-    process = await spawn(argv, environment=client_environment())
+    if environment is None:
+        environment = client_environment()
+    process = await spawn(argv, environment=environment, pass_fds=pass_fds)
     stdout, stderr = bytearray(), bytearray()
     try:
         await process.stdin.aclose()
