@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import socket
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -99,6 +102,24 @@ def open_descriptors() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
+def own_addresses() -> list[str]:
+    """List the addresses of this machine."""
+    found = []
+    with socket.socket() as any_socket:
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode())
+            with suppress(OSError):  # it has none
+                answer = fcntl.ioctl(any_socket, 0x8915, request)  # SIOCGIFADDR
+                found.append(socket.inet_ntoa(answer[20:24]))
+    for line in Path("/proc/net/if_inet6").read_text().splitlines():
+        address, _, _, _, flags, name = line.split()
+        if int(flags, 16) & 0x40:  # IFA_F_TENTATIVE: not yet its own
+            continue
+        text = socket.inet_ntop(socket.AF_INET6, bytes.fromhex(address))
+        found.append(f"{text}%{name}" if text.startswith("fe80") else text)
+    return found
+
+
 async def nothing() -> None:
     """Work at once."""
     await trio.lowlevel.checkpoint()
@@ -162,6 +183,12 @@ class OwnContainer:
     async def verify(self) -> None:
         await self.runtime.behaviour["verify"]()
 
+    async def listen(self, port: int) -> trio.SocketListener:
+        """Listen on the test's own loopback, there being no other."""
+        await self.runtime.behaviour["listen"]()
+        (listener,) = await trio.open_tcp_listeners(port, host="127.0.0.1")
+        return listener
+
     async def wait(self) -> int:
         await self.runtime.behaviour["wait"]()
         await self._exited.wait()
@@ -217,8 +244,9 @@ class OwnRuntime:
         **behaviour: Callable[[], Awaitable[object]],
     ) -> None:
         methods = (
-            *("check", "start", "verify", "wait", "stop", "kill"),
+            *("check", "start", "verify", "listen", "wait", "stop", "kill"),
             *("find", "remove", "aclose"),
+            *("open_network", "close_network", "gateway"),
         )
         self.in_process = in_process
         self.futile = futile
@@ -231,10 +259,23 @@ class OwnRuntime:
         self.live: dict[str, OwnContainer] = {}
         self.started: list[OwnContainer] = []
         self.looks: list[float] = []
+        self.networks: list[Mapping[str, str]] = []
         self._agent = agent
 
     async def check(self) -> None:
         await self.behaviour["check"]()
+
+    async def open_network(self, labels: Mapping[str, str]) -> None:
+        await self.behaviour["open_network"]()
+        self.networks.append(labels)
+
+    async def close_network(self, labels: Mapping[str, str]) -> None:
+        await self.behaviour["close_network"]()
+        self.networks = [has for has in self.networks if has != labels]
+
+    async def gateway(self, labels: Mapping[str, str]) -> tuple[str, str]:  # noqa: ARG002
+        await self.behaviour["gateway"]()
+        return "127.0.0.1", "lo"
 
     def argv(self, spec: clawtrio.ContainerSpec) -> Sequence[str]:
         return ("own", spec.name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import resource
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from clawtrio._errors import UnsafePathError
 from clawtrio._flavours import DOCKER, PODMAN, Flavour
 from clawtrio._models import VolumeMount
 from clawtrio._runtimes import (
+    LABEL_ENGINE,
     LABEL_ROOT,
     LABEL_RUN,
     ContainerSpec,
@@ -127,6 +129,22 @@ def test_foreign_image_argv(flavour: Flavour) -> None:
     assert told[len(bare) - 1 :] == [
         *("--entrypoint", "python3", "foreign", "/app/src", "echo", "--x"),
     ]
+
+
+def test_open_network_argv() -> None:
+    """An engine's network with Docker, a run's own with Podman; never the default."""
+    labels = {LABEL_ROOT: "r", LABEL_ENGINE: "e", LABEL_RUN: "1"}
+    spec = attrs.evolve(SPEC, labels=labels, network="open")
+    others = [
+        attrs.evolve(spec, labels={**labels, name: "another"})
+        for name in (LABEL_RUN, LABEL_ENGINE, LABEL_ROOT)
+    ]
+
+    for flavour, distinct in ((DOCKER, 3), (PODMAN, 4)):
+        runtime = DockerRuntime(flavour, image="x")
+        networks = [options(runtime.argv(s), "--network")[0] for s in (spec, *others)]
+        assert len(set(networks)) == distinct
+        assert all(re.fullmatch(r"ct-[0-9a-f]{12}", name) for name in networks)
 
 
 @pytest.mark.parametrize("name", ["a,b", '"', 'a","b', "a:b", " a ", "a=b", "'", "é"])

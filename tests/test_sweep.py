@@ -48,6 +48,15 @@ class Shelf:
     async def check(self) -> None:
         await trio.lowlevel.checkpoint()
 
+    async def open_network(self, labels: Mapping[str, str]) -> None:
+        raise NotImplementedError(labels)
+
+    async def close_network(self, labels: Mapping[str, str]) -> None:  # noqa: ARG002
+        await trio.lowlevel.checkpoint()
+
+    async def gateway(self, labels: Mapping[str, str]) -> tuple[str, str]:
+        raise NotImplementedError(labels)
+
     def argv(self, spec: ContainerSpec) -> Sequence[str]:
         return (spec.name,)
 

@@ -110,6 +110,9 @@ class World:
     async def verify(self) -> None:
         raise NotImplementedError
 
+    async def listen(self, port: int) -> trio.SocketListener:
+        raise NotImplementedError
+
     async def wait(self) -> int:
         await self.client.wait()
         return self.code
@@ -140,6 +143,15 @@ class World:
 
     async def check(self) -> None:
         raise NotImplementedError
+
+    async def open_network(self, labels: Mapping[str, str]) -> None:
+        raise NotImplementedError(labels)
+
+    async def close_network(self, labels: Mapping[str, str]) -> None:
+        raise NotImplementedError
+
+    async def gateway(self, labels: Mapping[str, str]) -> tuple[str, str]:
+        raise NotImplementedError(labels)
 
     def argv(self, spec: ContainerSpec) -> Sequence[str]:
         raise NotImplementedError

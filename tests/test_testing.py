@@ -6,7 +6,14 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from clawtrio import AgentOutput, Container, ContainerSpec, MarkerParser, Runtime
+from clawtrio import (
+    AgentOutput,
+    Container,
+    ContainerSpec,
+    MarkerParser,
+    Runtime,
+    RuntimeUnavailableError,
+)
 from clawtrio.testing import AgentPipes, FakeAgent, FakeRuntime, framed, scripted_agent
 
 FRAME = framed(b'{"status":"success","result":"hi"}')
@@ -331,7 +338,28 @@ async def test_removing(autojump_clock: MockClock) -> None:
     await runtime.remove("never was")
 
 
-@pytest.mark.parametrize("method", ["check", "find", "remove", "start"])
+async def test_no_network_of_its_own() -> None:
+    """Opening and closing one does nothing; a port inside, or a gateway, there is not.
+
+    An agent that is a task would find the port on the real host, where all see it.
+    """
+    runtime = FakeRuntime(scripted_agent(exit_code=0))
+    labels = {"clawtrio.root": "r", "clawtrio.engine": "e"}
+    await runtime.open_network(labels)
+    await runtime.close_network(labels)
+    container = await runtime.start(spec_of())
+
+    with pytest.raises(RuntimeUnavailableError, match="docker, podman or bwrap"):
+        await runtime.gateway(labels)
+    with pytest.raises(RuntimeUnavailableError, match="no network of their own"):
+        await container.listen(4000)
+    await container.wait()
+
+
+NETWORK = ("open_network", "close_network", "gateway")
+
+
+@pytest.mark.parametrize("method", ["check", "find", "remove", "start", *NETWORK])
 async def test_every_method_is_a_checkpoint(
     autojump_clock: MockClock, method: str
 ) -> None:
@@ -348,6 +376,8 @@ async def test_every_method_is_a_checkpoint(
                 await runtime.remove("x")
             case "start":
                 await runtime.start(spec_of())
+            case _:
+                await getattr(runtime, method)({})
 
     assert scope.cancelled_caught
     assert await runtime.find({}) == []

@@ -132,6 +132,28 @@ class BwrapRuntime:
             raise NotStartedError(str(exc)) from exc
         return await _start(spec, host)
 
+    async def open_network(self, labels: Mapping[str, str]) -> None:  # noqa: ARG002
+        """Refuse: a network of its own would take root, and a firewall.
+
+        Raises:
+            RuntimeUnavailableError: Always.
+        """
+        await trio.lowlevel.checkpoint()
+        raise _no_network()
+
+    async def close_network(self, labels: Mapping[str, str]) -> None:  # noqa: ARG002
+        """There is nothing to remove."""
+        await trio.lowlevel.checkpoint()
+
+    async def gateway(self, labels: Mapping[str, str]) -> tuple[str, str]:  # noqa: ARG002
+        """There is none.
+
+        Raises:
+            RuntimeUnavailableError: Always.
+        """
+        await trio.lowlevel.checkpoint()
+        raise _no_network()
+
     def argv(self, spec: ContainerSpec) -> list[str]:
         """Return the command line for *spec* as a person would write it.
 
@@ -183,6 +205,14 @@ class BwrapRuntime:
                 raise _no_bwrap()
             self._host = look(found, self._python)
         return self._host
+
+
+def _no_network() -> RuntimeUnavailableError:
+    return RuntimeUnavailableError(
+        "bwrap",
+        "the only open network that it could give a sandbox is the host's own",
+        "Set CLAWTRIO_RUNTIME to docker or podman, or CLAWTRIO_NETWORK to proxy",
+    )
 
 
 def _no_bwrap() -> RuntimeUnavailableError:

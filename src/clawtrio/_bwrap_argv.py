@@ -202,6 +202,8 @@ def options(spec: ContainerSpec, host: Host) -> list[Option]:
     """
     if not spec.uid or not spec.gid:
         raise NotStartedError("the sandbox would run as root: set run_uid")
+    if spec.network != "none":
+        raise NotStartedError("the sandbox would share the host's own network")
     _check_targets(spec, host)
     return [
         *_isolation(spec, host),

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import signal
+from contextlib import ExitStack
 from functools import partial
 from typing import Final
 
@@ -19,6 +20,7 @@ import trio
 from trio.lowlevel import FdStream
 
 from ._bwrap_procs import find_agent, open_process, read_process, signal_process
+from ._netns import cannot_listen, listen_inside, open_network_of
 from ._process import ClientProcess, in_thread
 from ._text import one_line
 
@@ -91,6 +93,22 @@ class BwrapContainer:
                 if reaper.filters > client.filters:
                     return
                 await trio.sleep(_ARM_INTERVAL)
+
+    async def listen(self, port: int) -> trio.SocketListener:
+        """Open a port on the sandbox's loopback."""
+        with ExitStack() as held:
+            try:
+                process = os.open(f"/proc/{self._reaper_pid}", os.O_PATH | os.O_CLOEXEC)
+                held.callback(os.close, process)
+                if self._reaper is None:
+                    raise ProcessLookupError("it does not run")
+                # While a pidfd can be signalled, nobody else has got the number.
+                signal.pidfd_send_signal(self._reaper, 0)
+                network = open_network_of(process)
+            except OSError as exc:
+                raise cannot_listen("bwrap", port, exc) from exc
+            held.callback(os.close, network)
+            return await listen_inside("bwrap", network, port)
 
     async def wait(self) -> int:
         """Wait until bwrap has exited, and all that was in the sandbox is gone."""

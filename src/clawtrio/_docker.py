@@ -7,6 +7,7 @@ gone is what we wanted, so it is never an error.
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import logging
@@ -14,10 +15,10 @@ import math
 import os
 import re
 import resource
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from functools import partial
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Final
 
 import trio
@@ -25,6 +26,7 @@ import trio
 from ._errors import NotStartedError, RuntimeUnavailableError, UnsafePathError
 from ._flavours import HINT, Answer, EngineInfo, Flavour, ask, tidy
 from ._hostfs import check_mountable
+from ._netns import cannot_listen, listen_inside, open_network_of
 from ._process import ClientProcess, client_environment, in_thread, spawn
 from ._runtimes import (
     HOME,
@@ -60,6 +62,8 @@ _GONE: Final = re.compile(
     re.IGNORECASE,
 )
 _NO_IMAGE: Final = re.compile(r"no such image|image not known", re.IGNORECASE)
+_NO_NETWORK: Final = re.compile(r"not found|no such network", re.IGNORECASE)
+_CLOSED: Final = "Leave CLAWTRIO_NETWORK at proxy."
 _OWN_MESSAGE: Final = re.compile(r"(?:docker|Error|crun|runc): (.*)")
 #: The init's, where the image lacks the program. Catatonit then leaves with 1.
 _INIT_MESSAGE: Final = re.compile(
@@ -141,7 +145,8 @@ class DockerRuntime:
         argv += ["--cpus", f"{min(spec.cpus, engine.processors):g}"]
         argv += ["--pids-limit", f"{spec.pids}", "--ulimit", "core=0:0"]
         argv += ["--ulimit", f"nofile={_open_files()}:{_open_files()}"]
-        argv += ["--log-driver", "none", "--network", "none", "--pull", "never"]
+        network = "none" if spec.network == "none" else self._network(spec.labels)
+        argv += ["--log-driver", "none", "--network", network, "--pull", "never"]
         argv += ["--stop-signal", "SIGTERM", "--workdir", WORKSPACE_GROUP]
         argv += ["--no-healthcheck", *flavour.options]
         if os.geteuid() != 0:
@@ -173,8 +178,93 @@ class DockerRuntime:
 
     async def start(self, spec: ContainerSpec) -> DockerContainer:
         argv = self.argv(spec)
-        process = await spawn(argv, environment=client_environment())
-        return DockerContainer(self._flavour, spec, process)
+        environment = client_environment()
+        if spec.network == "none" or not self._flavour.network_per_run:
+            process = await spawn(argv, environment=environment)
+            return DockerContainer(self._flavour, spec, process)
+        try:
+            async with self._new_network(spec.labels) as network:
+                process = await spawn(argv, environment=environment)
+        except RuntimeUnavailableError as exc:
+            raise NotStartedError(str(exc)) from exc
+        return DockerContainer(self._flavour, spec, process, network=network)
+
+    async def open_network(self, labels: Mapping[str, str]) -> None:
+        flavour = self._flavour
+        if flavour.network_needs_root and os.geteuid() != 0:
+            problem = "an open network was never tried here by an ordinary user"
+            raise flavour.unavailable(problem, f"Run the bot as root. {_CLOSED}")
+        if not self._engine.isolates:
+            problem = "its network backend cannot keep containers apart"
+            raise flavour.unavailable(problem, f"Have it use netavark. {_CLOSED}")
+        if flavour.network_per_run:
+            return
+        async with self._new_network(labels):
+            # Only now: the engine may have had to load what filters bridges.
+            self._check_filter()
+
+    async def close_network(self, labels: Mapping[str, str]) -> None:
+        argv = ["network", "ls", "-q"]
+        for name in (LABEL_ROOT, LABEL_ENGINE):
+            argv += ["--filter", f"label={name}={labels[name]}"]
+        answer = await self._ask(*argv)
+        if answer.code:
+            raise self._flavour.unavailable(answer.message)
+        failure = ""
+        for network in answer.stdout.split():
+            failure = await _remove_network(self._flavour, network) or failure
+        if failure:
+            raise self._flavour.unavailable(failure)
+
+    async def gateway(self, labels: Mapping[str, str]) -> tuple[str, str]:
+        if self._flavour.network_per_run:
+            problem = "a container's network has no gateway before it runs"
+            raise self._flavour.unavailable(problem, f"Run as root. {_CLOSED}")
+        name = self._network(labels)
+        template = "{{(index .IPAM.Config 0).Gateway}}"
+        answer = await self._ask("network", "inspect", "--format", template, name)
+        if answer.code:
+            raise self._flavour.unavailable(answer.message)
+        return answer.stdout.strip(), name
+
+    def _check_filter(self) -> None:
+        """Make sure that what keeps containers apart is at work, where we can see it.
+
+        Raises:
+            RuntimeUnavailableError: If not.
+        """
+        sysctl = self._flavour.network_sysctl
+        if self.compares_mounts and not _is_set(sysctl):
+            problem = f"containers would reach each other, since {sysctl} is not 1"
+            remedy = f"Set it to 1 (modprobe br_netfilter). {_CLOSED}"
+            raise self._flavour.unavailable(problem, remedy)
+
+    def _network(self, labels: Mapping[str, str]) -> str:
+        """Name a network and its bridge; Linux has room for 15 characters."""
+        names = (LABEL_ROOT, LABEL_ENGINE, LABEL_RUN)
+        whose = [labels[name] for name in names[: 2 + self._flavour.network_per_run]]
+        return f"ct-{hashlib.sha256(json.dumps(whose).encode()).hexdigest()[:12]}"
+
+    async def _create_network(self, name: str, labels: Mapping[str, str]) -> None:
+        argv = ["network", "create"]
+        argv += [option.format(name=name) for option in self._flavour.network_options]
+        argv += [f"--label={label}={value}" for label, value in labels.items()]
+        answer = await self._ask(*argv, name)
+        if answer.code:
+            remedy = f"Remove networks that nobody uses (network prune). {_CLOSED}"
+            raise self._flavour.unavailable(answer.message, remedy)
+
+    @asynccontextmanager
+    async def _new_network(self, labels: Mapping[str, str]) -> AsyncIterator[str]:
+        """Create a network, and remove it again only if something fails."""
+        name = self._network(labels)
+        try:
+            await self._create_network(name, labels)
+            yield name
+        except BaseException:
+            with trio.move_on_after(_LEAVING, shield=True):
+                await _remove_network(self._flavour, name)
+            raise
 
     async def find(self, labels: Mapping[str, str]) -> Sequence[FoundContainer]:
         names = sorted({LABEL_ROOT, LABEL_ENGINE, LABEL_RUN, *labels})
@@ -239,11 +329,18 @@ class DockerContainer:
     """A started container, and the client that holds its pipes."""
 
     def __init__(
-        self, flavour: Flavour, spec: ContainerSpec, process: ClientProcess
+        self,
+        flavour: Flavour,
+        spec: ContainerSpec,
+        process: ClientProcess,
+        *,
+        network: str | None = None,
     ) -> None:
         self._flavour = flavour
         self._spec = spec
         self._process = process
+        # What is to be removed along with the container.
+        self._network = network
         self._seen: tuple[str, int] | None = None
         self.stdin: trio.abc.SendStream = process.stdin
         self.stdout: trio.abc.ReceiveStream = process.stdout
@@ -289,6 +386,18 @@ class DockerContainer:
             await trio.sleep(pause)
             pause = min(pause * 1.2, _LOOK_SELDOM)
 
+    async def listen(self, port: int) -> trio.SocketListener:
+        with ExitStack() as held:
+            try:
+                if self._seen is None:
+                    raise ProcessLookupError("it does not run")
+                process = held.enter_context(_held_process(*self._seen))
+                network = open_network_of(process)
+            except OSError as exc:
+                raise cannot_listen(self._flavour.name, port, exc) from exc
+            held.callback(os.close, network)
+            return await listen_inside(self._flavour.name, network, port)
+
     async def wait(self) -> int:
         return await self._process.wait()
 
@@ -329,12 +438,58 @@ class DockerContainer:
         return tidy(lines[0]) if any(map(HINT.match, lines)) else None
 
     async def aclose(self) -> None:
-        await self._process.aclose()
+        try:
+            if self._network is not None:
+                # A container that is still there keeps it, for close_network().
+                problem = await _remove_network(self._flavour, self._network)
+                log.debug("%s: network: %s", self._spec.name, problem or "removed")
+        finally:
+            await self._process.aclose()
+
+
+def _is_set(sysctl: str) -> bool:
+    try:
+        return Path(sysctl).read_text().strip() == "1"
+    except OSError:
+        return False
+
+
+async def _remove_network(flavour: Flavour, network: str) -> str:
+    """Remove a network that is not used; return why not, or nothing."""
+    try:
+        answer = await ask([flavour.name, "network", "rm", network])
+    except NotStartedError as exc:
+        return str(exc)
+    if answer.code and not _NO_NETWORK.search(answer.stderr):
+        return answer.message
+    return ""
 
 
 def _open_files() -> int:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     return _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+
+
+@contextmanager
+def _held_process(container_id: str, pid: int) -> Iterator[int]:
+    """Hold the directory in /proc of a container's process, and of no other.
+
+    Raises:
+        OSError: If it is gone, or not on this host.
+    """
+    # The descriptor stays with its process, whoever gets the number next. Elsewhere, or
+    # in a virtual machine, the number is another one's: but only in this container is
+    # anything mounted from a place named by its id.
+    process = os.open(f"/proc/{pid}", os.O_PATH | os.O_CLOEXEC)
+    try:
+        mountinfo = os.open("mountinfo", os.O_RDONLY | os.O_CLOEXEC, dir_fd=process)
+        with os.fdopen(mountinfo, "rb") as file:
+            roots = [line.split()[3] for line in file]
+        if not any(container_id.encode() in root for root in roots):
+            raise ProcessLookupError("its process is not on this host")
+        yield process
+    finally:
+        os.close(process)
 
 
 def _compare_mounts(
@@ -357,15 +512,7 @@ def _compare_mounts(
 
         unread = ""
         try:
-            # A descriptor of /proc/PID stays with its process, whoever gets the number
-            # next. Elsewhere, or in a virtual machine, the number is another one's: but
-            # only in this container is anything mounted from a place named by its id.
-            process = reach(f"/proc/{pid}", flags=os.O_PATH)
-            mountinfo = reach("mountinfo", process, flags=os.O_RDONLY)
-            with os.fdopen(mountinfo, "rb", closefd=False) as file:
-                roots = [line.split()[3] for line in file]
-            if not any(container_id.encode() in root for root in roots):
-                return None, "its process is not on this host"
+            process = stack.enter_context(_held_process(container_id, pid))
             root = reach("root", process, flags=os.O_PATH)
             for held in mounts:
                 try:

@@ -36,6 +36,7 @@ class EngineInfo:
         nonrecursive: The option that keeps submounts out of a bind mount.
         selinux: Whether SELinux keeps containers from what has no label of theirs.
         local: Whether its containers are processes of this host.
+        isolates: Whether it can keep its networks apart.
     """
 
     seccomp: bool = True
@@ -44,6 +45,7 @@ class EngineInfo:
     nonrecursive: str = "bind-nonrecursive=true"
     selinux: bool = False
     local: bool = True
+    isolates: bool = True
 
 
 def _read_docker_info(info: Any) -> EngineInfo:
@@ -72,6 +74,7 @@ def _read_podman_info(info: Any) -> EngineInfo:
         limits=limits,
         selinux=security.get("selinuxEnabled") is True,
         local=host.get("serviceIsRemote") is not True,
+        isolates=host.get("networkBackend") == "netavark",
     )
 
 
@@ -95,6 +98,11 @@ class Flavour:
         label: How a template of ``ps`` reads a label.
         remove: The command that kills and removes.
         read_info: Reads what ``info`` answers.
+        network_options: Options of ``network create``, by which the containers of an
+            open network do not reach each other; a name goes into them.
+        network_sysctl: The file of the kernel that must say 1 for them to have effect.
+        network_per_run: Whether that takes a network for each run, not each engine.
+        network_needs_root: Whether an ordinary user cannot have it.
     """
 
     name: str
@@ -111,6 +119,10 @@ class Flavour:
     label: str
     remove: tuple[str, ...]
     read_info: Callable[[Any], EngineInfo]
+    network_options: tuple[str, ...]
+    network_sysctl: str = ""
+    network_per_run: bool = False
+    network_needs_root: bool = False
 
     def unavailable(self, problem: str, remedy: str = "") -> RuntimeUnavailableError:
         """Make the error that says so; by default the remedy follows from *problem*."""
@@ -137,6 +149,13 @@ DOCKER: Final = Flavour(
     # -v: with the anonymous volumes of a foreign image.
     remove=("rm", "-f", "-v"),
     read_info=_read_docker_info,
+    # One for an engine: Docker's default addresses are for some thirty networks.
+    network_options=(
+        "--opt=com.docker.network.bridge.name={name}",
+        "--opt=com.docker.network.bridge.enable_icc=false",
+    ),
+    # Without it iptables does not see what goes from one port of a bridge to another.
+    network_sysctl="/proc/sys/net/bridge/bridge-nf-call-iptables",
 )
 
 _PODMAN_REMEDY: Final = "Run 'podman info' as this user to see what it lacks."
@@ -163,6 +182,11 @@ PODMAN: Final = Flavour(
     # Without -t it waits ten seconds for a SIGTERM to work.
     remove=("rm", "-f", "-v", "-t", "0"),
     read_info=_read_podman_info,
+    # It has no icc: containers of one network always reach each other. Its own name
+    # service would be one more thing to reach.
+    network_options=("--opt=isolate=true", "--disable-dns"),
+    network_per_run=True,
+    network_needs_root=True,
 )
 
 FLAVOURS: Final = {flavour.name: flavour for flavour in (DOCKER, PODMAN)}

@@ -7,7 +7,7 @@ can write one: for a scheduler's client, say, or a remote host.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Final, Protocol, TypeVar
+from typing import Final, Literal, Protocol, TypeVar
 
 import attrs
 import trio
@@ -69,6 +69,8 @@ class ContainerSpec:
         memory: Bytes of memory, swap included.
         cpus: Processors' worth of time.
         pids: Processes and threads.
+        network: ``none`` leaves it with a loopback interface of its own; ``open`` puts
+            it into what :meth:`Runtime.open_network` opened for its engine.
     """
 
     name: str
@@ -81,6 +83,7 @@ class ContainerSpec:
     memory: int
     cpus: float
     pids: int
+    network: Literal["none", "open"] = "none"
 
 
 @attrs.frozen
@@ -120,6 +123,20 @@ class Container(Protocol):
         Raises:
             UnsafePathError: If another place was mounted, or that cannot be told of a
                 source that an agent could have replaced; names the path.
+        """
+
+    async def listen(self, port: int) -> trio.SocketListener:
+        """Open a port on the container's own loopback, for the host to serve.
+
+        Called after :meth:`verify`, before the first byte of stdin. Whoever is inside
+        can connect to it, and nobody else. Bounded.
+
+        Args:
+            port: On 127.0.0.1; 1 to 65535.
+
+        Raises:
+            RuntimeUnavailableError: If the network of the container cannot be joined,
+                or the container is gone.
         """
 
     async def wait(self) -> int:
@@ -195,10 +212,45 @@ class Runtime(Protocol):
             RuntimeUnavailableError: If not; says what to do about it.
         """
 
+    async def open_network(self, labels: Mapping[str, str]) -> None:
+        """Make ready for containers whose network is ``open``.
+
+        They reach what the host reaches, and the host, but never each other, nor
+        those of another engine. Awaited as an engine opens that is to have such.
+
+        Args:
+            labels: ``clawtrio.root`` and ``clawtrio.engine``.
+
+        Raises:
+            RuntimeUnavailableError: If that cannot be had here.
+        """
+
+    async def close_network(self, labels: Mapping[str, str]) -> None:
+        """Remove the networks with these labels; there may be none.
+
+        Called when the engine's containers are gone, or by a sweep if it died.
+
+        Raises:
+            RuntimeUnavailableError: If it cannot be told, or one could not be removed.
+        """
+
+    async def gateway(self, labels: Mapping[str, str]) -> tuple[str, str]:
+        """Tell where the host is in the network that was opened.
+
+        For an image that knows only a URL, where :meth:`Container.listen` fails.
+
+        Returns:
+            The host's address, and the network device that has it.
+
+        Raises:
+            RuntimeUnavailableError: If there is no such place.
+        """
+
     def argv(self, spec: ContainerSpec) -> Sequence[str]:
         """Return the command line that :meth:`start` uses, for people to read.
 
         Raises:
+            NotStartedError: If no such container can be started by this runtime.
             UnsafePathError: If a mount cannot be told to this runtime.
         """
 

@@ -20,6 +20,7 @@ import attrs
 import trio
 from trio.testing import memory_stream_one_way_pair
 
+from ._errors import RuntimeUnavailableError
 from ._markers import END, START
 from ._runtimes import Container, ContainerSpec, FoundContainer
 
@@ -104,6 +105,23 @@ class FakeRuntime:
         """See :meth:`Runtime.check`: always available."""
         await trio.lowlevel.checkpoint()
 
+    async def open_network(self, labels: Mapping[str, str]) -> None:  # noqa: ARG002
+        """See :meth:`Runtime.open_network`: an agent is a task, it has ours."""
+        await trio.lowlevel.checkpoint()
+
+    async def close_network(self, labels: Mapping[str, str]) -> None:  # noqa: ARG002
+        """See :meth:`Runtime.close_network`: there was none."""
+        await trio.lowlevel.checkpoint()
+
+    async def gateway(self, labels: Mapping[str, str]) -> tuple[str, str]:  # noqa: ARG002
+        """See :meth:`Runtime.gateway`: there is none.
+
+        Raises:
+            RuntimeUnavailableError: Always.
+        """
+        await trio.lowlevel.checkpoint()
+        raise _no_network()
+
     def argv(self, spec: ContainerSpec) -> Sequence[str]:
         """See :meth:`Runtime.argv`: there is none, but the name and the arguments."""
         return (spec.name, *spec.arguments)
@@ -134,6 +152,13 @@ class FakeRuntime:
         await trio.lowlevel.checkpoint()
         if container := self._live.get(container_id):
             await container.kill()
+
+
+def _no_network() -> RuntimeUnavailableError:
+    # A port of the real host, open to all on it, would be more than a fake may take.
+    problem = "its containers are tasks, and have no network of their own"
+    remedy = "Try it with docker, podman or bwrap."
+    return RuntimeUnavailableError("fake", problem, remedy)
 
 
 class _FakeContainer:
@@ -179,6 +204,10 @@ class _FakeContainer:
 
     async def verify(self) -> None:
         await trio.lowlevel.checkpoint()
+
+    async def listen(self, port: int) -> trio.SocketListener:  # noqa: ARG002
+        await trio.lowlevel.checkpoint()
+        raise _no_network()
 
     async def wait(self) -> int:
         await self._exited.wait()

@@ -166,6 +166,24 @@ async def test_where_the_engine_is(
     assert runtime.compares_mounts is expected
 
 
+@pytest.mark.parametrize("backend", ["cni", None])
+async def test_networks_that_are_not_apart(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch, backend: str | None
+) -> None:
+    """A Podman whose networks cannot be kept apart has no open one to give."""
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    info = json.loads(json.dumps(INFO["podman"]))
+    info["host"]["networkBackend"] = backend
+    fake("podman", info=(0, json.dumps(info), ""), image=(0, "{}", ""))
+    runtime = DockerRuntime(PODMAN, image="x")
+    await runtime.check()
+
+    with pytest.raises(RuntimeUnavailableError, match="apart") as caught:
+        await runtime.open_network({"clawtrio.root": "r", "clawtrio.engine": "e"})
+
+    assert "netavark" in caught.value.remedy
+
+
 async def trouble(flavour: Flavour) -> RuntimeUnavailableError:
     with pytest.raises(RuntimeUnavailableError) as caught:
         await DockerRuntime(flavour, image="agent:1").check()
