@@ -12,9 +12,10 @@ import attrs
 import pytest
 
 from clawtrio._docker import DockerRuntime, _compare_mounts
-from clawtrio._errors import UnsafePathError
+from clawtrio._errors import NotStartedError, UnsafePathError
 from clawtrio._flavours import DOCKER, PODMAN, Flavour
 from clawtrio._models import VolumeMount
+from clawtrio._process import CLIENT_ENVIRONMENT
 from clawtrio._runtimes import (
     LABEL_ENGINE,
     LABEL_ROOT,
@@ -145,6 +146,42 @@ def test_open_network_argv() -> None:
         networks = [options(runtime.argv(s), "--network")[0] for s in (spec, *others)]
         assert len(set(networks)) == distinct
         assert all(re.fullmatch(r"ct-[0-9a-f]{12}", name) for name in networks)
+
+
+@both
+@pytest.mark.parametrize(
+    "name", ["ANTHROPIC_API_KEY", "CLAUDE_CODE_OAUTH_TOKEN", "CLAWTRIO_X", "MY_TOKEN"]
+)
+def test_hidden_values(flavour: Flavour, name: str) -> None:
+    """What is hidden goes by name, its value to nobody who reads along."""
+    environment = {"SHOWN": "1", name: "secret", "HTTP_PROXY": "x"}
+    hidden = frozenset({name, "ABSENT_KEY"})
+    spec = attrs.evolve(SPEC, environment=environment, hidden=hidden)
+
+    argv = DockerRuntime(flavour, image="x").argv(spec)
+
+    given = options(argv, "-e")
+    assert {"SHOWN=1", name} < set(given)
+    assert "ABSENT_KEY" not in given
+    assert "secret" not in f"{argv} {spec!r}"
+
+
+@both
+@pytest.mark.parametrize(
+    "name",
+    [
+        *sorted(CLIENT_ENVIRONMENT),
+        *("DOCKER_AUTH_TOKEN", "CONTAINER_TLS_KEY", "CONTAINERS_X_SECRET", "OTEL_KEY"),
+        *("HTTP_PROXY", "https_proxy", "LD_PRELOAD", "GODEBUG", "_CONTAINERS_TOKEN"),
+        *("NOTIFY_SOCKET", "CLAUDE_X=Y", "TZ"),
+    ],
+)
+def test_names_that_cannot_be_hidden(flavour: Flavour, name: str) -> None:
+    """What a client might obey is not put into its environment for an agent."""
+    spec = attrs.evolve(SPEC, environment={name: "x"}, hidden=frozenset({name}))
+
+    with pytest.raises(NotStartedError, match=name):
+        DockerRuntime(flavour, image="x").argv(spec)
 
 
 @pytest.mark.parametrize("name", ["a,b", '"', 'a","b', "a:b", " a ", "a=b", "'", "é"])

@@ -63,6 +63,11 @@ _GONE: Final = re.compile(
 )
 _NO_IMAGE: Final = re.compile(r"no such image|image not known", re.IGNORECASE)
 _NO_NETWORK: Final = re.compile(r"not found|no such network", re.IGNORECASE)
+#: What may be in a client's environment for the agent. None of our clients obeys such.
+_HIDEABLE: Final = re.compile(
+    r"(?:ANTHROPIC|CLAUDE|CLAWTRIO)_\w+"
+    r"|(?!DOCKER_|CONTAINERS?_|OTEL_)[A-Z]\w*_(?:KEY|TOKEN|SECRET)"
+)
 _CLOSED: Final = "Leave CLAWTRIO_NETWORK at proxy."
 _OWN_MESSAGE: Final = re.compile(r"(?:docker|Error|crun|runc): (.*)")
 #: The init's, where the image lacks the program. Catatonit then leaves with 1.
@@ -133,6 +138,7 @@ class DockerRuntime:
 
         Raises:
             UnsafePathError: If a path is one that the runtimes misread.
+            NotStartedError: If a value is to be hidden that would change the client.
         """
         flavour, engine = self._flavour, self._engine
         argv = [self.name, "run", "-i", "--rm", "--init", "--name", spec.name]
@@ -158,8 +164,9 @@ class DockerRuntime:
             argv += ["--read-only", "--tmpfs", f"/tmp:{tmpfs}1777"]  # noqa: S108
             argv += ["--tmpfs", f"{HOME}:{tmpfs}0700,{owned}"]
         environment = {**dict.fromkeys(flavour.silenced, ""), **spec.environment}
+        hidden = _hidden(spec)
         for name, value in environment.items():
-            argv += ["-e", f"{name}={value}"]
+            argv += ["-e", name if name in hidden else f"{name}={value}"]
         for held in spec.mounts:
             source, target = held.mount.host_path, held.mount.container_path
             check_mountable(source)
@@ -178,7 +185,7 @@ class DockerRuntime:
 
     async def start(self, spec: ContainerSpec) -> DockerContainer:
         argv = self.argv(spec)
-        environment = client_environment()
+        environment = {**client_environment(), **_hidden(spec)}
         if spec.network == "none" or not self._flavour.network_per_run:
             process = await spawn(argv, environment=environment)
             return DockerContainer(self._flavour, spec, process)
@@ -445,6 +452,19 @@ class DockerContainer:
                 log.debug("%s: network: %s", self._spec.name, problem or "removed")
         finally:
             await self._process.aclose()
+
+
+def _hidden(spec: ContainerSpec) -> dict[str, str]:
+    """Return what the client gets for the agent in its own environment.
+
+    Raises:
+        NotStartedError: If it might do something to the client.
+    """
+    hidden = {n: value for n, value in spec.environment.items() if n in spec.hidden}
+    for name in hidden:
+        if not _HIDEABLE.fullmatch(name):
+            raise NotStartedError(f"{name} cannot be hidden: a client may obey it")
+    return hidden
 
 
 def _is_set(sysctl: str) -> bool:

@@ -61,7 +61,7 @@ class ContainerSpec:
         name: ``clawtrio-<folder>-<run id>``: unique, at most 128 characters.
         labels: By which :meth:`Runtime.find` must find it, from the first moment.
         mounts: What it sees of the host. Nothing else may be visible in it.
-        environment: Its environment; holds no secret of the host.
+        environment: Its environment; holds no secret of the host. Not in the repr.
         arguments: Arguments for the agent runner, which is mounted at ``/app/src``;
             empty leaves the start to the image.
         uid: The user to run as; never 0.
@@ -71,12 +71,13 @@ class ContainerSpec:
         pids: Processes and threads.
         network: ``none`` leaves it with a loopback interface of its own; ``open`` puts
             it into what :meth:`Runtime.open_network` opened for its engine.
+        hidden: Names in *environment* whose values no command line may show.
     """
 
     name: str
     labels: Mapping[str, str]
     mounts: tuple[HeldMount, ...]
-    environment: Mapping[str, str]
+    environment: Mapping[str, str] = attrs.field(repr=False)
     arguments: tuple[str, ...]
     uid: int
     gid: int
@@ -84,6 +85,7 @@ class ContainerSpec:
     cpus: float
     pids: int
     network: Literal["none", "open"] = "none"
+    hidden: frozenset[str] = frozenset()
 
 
 @attrs.frozen
@@ -248,6 +250,8 @@ class Runtime(Protocol):
 
     def argv(self, spec: ContainerSpec) -> Sequence[str]:
         """Return the command line that :meth:`start` uses, for people to read.
+
+        It shows no value of what is hidden.
 
         Raises:
             NotStartedError: If no such container can be started by this runtime.

@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import subprocess
+import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -378,6 +379,37 @@ with socket.socket(socket.AF_UNIX) as peer:
 
     readonly = "Read-only file system"
     assert result.stdout.splitlines() == [readonly, readonly, f"{UID} host"]
+
+
+def command_lines() -> list[bytes]:
+    """Read what ``ps`` shows of all processes."""
+    shown = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has left
+            shown.append(path.read_bytes())
+    return shown
+
+
+async def test_hidden_value(runtime: DockerRuntime, house: House) -> None:
+    """The agent has it, but no command line that others can read."""
+    secret = f"token-{uuid.uuid4().hex}"
+    program = """
+import os, sys
+print(os.environ["CLAWTRIO_TOKEN"], flush=True)
+sys.stdin.read()
+"""
+    spec = house.spec(program, environment={"CLAWTRIO_TOKEN": secret})
+    spec = attrs.evolve(spec, hidden=frozenset({"CLAWTRIO_TOKEN"}))
+    with trio.fail_after(60):
+        container = await runtime.start(spec)
+        assert await read_line(container.stdout) == secret
+        shown = command_lines()
+        await container.stdin.aclose()
+        await finish(container)
+
+    assert any(spec.name.encode() in line for line in shown)
+    assert not any(secret.encode() in line for line in shown)
+    assert secret not in f"{runtime.argv(spec)} {spec!r}"
 
 
 # Where it cannot be had.
