@@ -248,7 +248,7 @@ async def test_a_plan_shows_the_socket_and_leaves_none(
             return []
 
         monkeypatch.setattr(runtime, "argv", argv)
-        engine.plan(GROUP)
+        await engine.plan(GROUP)
         sockets = tmp_path / "data" / "sockets"
         assert list(sockets.iterdir()) == []
 

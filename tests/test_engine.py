@@ -1262,7 +1262,7 @@ async def test_the_container_is_told_what_it_must_know(
     ) as engine:
         async with engine.open_run(GROUP, "Hi", chat_jid=JID) as run:
             pass
-        plan = engine.plan(GROUP)
+        plan = await engine.plan(GROUP)
 
     (spec,) = runtime.specs
     assert spec.name == run.container_name == f"clawtrio-family-{run.id}"

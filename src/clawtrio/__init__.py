@@ -20,7 +20,7 @@ See :func:`open_engine`.
 #   _bwrap, _docker               the runtimes
 #   _image, _agent                building the image; the agent that bwrap runs
 #   _credentials, _proxy          the API's credential; requests that carry it upstream
-#   _access                       a run's way to the API
+#   _access, _outfit              a run's way to the API; all that a run starts with
 #   _stdin                        words -> the agent
 #   _markers                      the agent's bytes -> outputs (sans-I/O)
 #   _turns                        outputs -> who owes whom an answer (sans-I/O)
@@ -28,7 +28,7 @@ See :func:`open_engine`.
 #   _runlog                       what is kept of a run
 #   _teardown, _sweep             the stop ladder, the janitor; what the dead left
 #   _run                          the nursery that joins all these
-#   _engine                       what runs share
+#   _upkeep, _engine              disk space and trash; what runs share
 #   testing                       fakes, public
 #   _cli                          the command line
 

@@ -1,11 +1,14 @@
 """A run's way to the API: a ticket for the proxy, a socket, and what the agent is told.
 
 A container has no network. It has a directory with a Unix socket in it, on which the
-proxy serves this one run; our agent runner gives the agent a loopback port for that.
+proxy serves this one run; our agent runner gives the agent a loopback port for that. An
+image without our runner knows only a URL: the port is opened inside its network, once
+it has one, or on the host's address in an open network.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import socket
 from collections.abc import Mapping
@@ -19,13 +22,15 @@ import trio
 from ._credentials import Credential
 from ._groups import Places
 from ._models import VolumeMount
+from ._netns import listen_on_device
 from ._proxy_tickets import Ticket
-from ._runtimes import HeldMount
+from ._runtimes import RUN_CLAWTRIO, HeldMount
 
 #: The port of the proxy in a container; NanoClaw's.
 PORT: Final = 3001
-#: Where the socket's directory is mounted.
-_MOUNT_POINT: Final = "/run/clawtrio"
+_URL: Final = f"http://127.0.0.1:{PORT}"
+#: What a container of Docker Desktop calls the machine outside.
+_OUTSIDE: Final = "host.docker.internal"
 _SOCKET: Final = "proxy.sock"
 #: How many connections may wait: agents open several at once.
 _BACKLOG: Final = 128
@@ -56,10 +61,10 @@ class Access:
     mount: HeldMount | None = None
 
 
-def tell(ticket: Ticket, credential: Credential | None, url: str) -> Access:
-    """Make what an agent is told, which finds the proxy at *url*."""
+def tell(ticket: Ticket, credential: Credential | None) -> Access:
+    """Make what an agent is told, which finds the proxy on its own loopback."""
     variable = _VARIABLES[credential.scheme if credential else "api-key"]
-    environment = {"ANTHROPIC_BASE_URL": url, variable: ticket.token}
+    environment = {"ANTHROPIC_BASE_URL": _URL, variable: ticket.token}
     return Access(ticket=ticket, environment=environment, hidden=frozenset({variable}))
 
 
@@ -82,16 +87,58 @@ def open_socket(access: Access, places: Places, name: str, stack: ExitStack) -> 
         stack.callback(os.close, fd)
         status = os.fstat(fd)
         listener = _listen(f"/proc/self/fd/{fd}/{_SOCKET}")
-        mount = VolumeMount(directory.path, _MOUNT_POINT, readonly=True)
+        mount = VolumeMount(directory.path, RUN_CLAWTRIO, readonly=True)
     return attrs.evolve(
         access,
         environment={
             **access.environment,
-            "CLAWTRIO_PROXY": f"{_MOUNT_POINT}/{_SOCKET}",
+            "CLAWTRIO_PROXY": f"{RUN_CLAWTRIO}/{_SOCKET}",
         },
         listener=listener,
         mount=HeldMount(mount, fd, status.st_dev, status.st_ino, relabel=True),
     )
+
+
+def open_host(access: Access, host: str) -> Access:
+    """Open a port for a run on an address of the host that the operator chose.
+
+    It is for engines whose containers do not share our kernel, nor its sockets.
+
+    Args:
+        access: The run's.
+        host: The address. In a container, this machine's loopback, and all of its
+            addresses at once, go by the name that Docker Desktop has for it.
+
+    Raises:
+        OSError: If it cannot be listened on.
+    """
+    opened = socket.create_server((host, 0), backlog=_BACKLOG)
+    address, port = opened.getsockname()[:2]
+    listener = trio.SocketListener(trio.socket.from_stdlib_socket(opened))
+    ours = ipaddress.ip_address(address)
+    name = _OUTSIDE if ours.is_loopback or ours.is_unspecified else host
+    return _reached_at(access, f"http://{name}:{port}", listener)
+
+
+def open_gateway(access: Access, address: str, device: str) -> Access:
+    """Open a port for a run on the host's address in the open network; to be closed.
+
+    Args:
+        access: The run's.
+        address: The host's.
+        device: The network device that has it.
+
+    Raises:
+        RuntimeUnavailableError: If the address may not be listened on.
+    """
+    listener = listen_on_device(address, device)
+    port = listener.socket.getsockname()[1]
+    return _reached_at(access, f"http://{address}:{port}", listener)
+
+
+def _reached_at(access: Access, url: str, listener: trio.SocketListener) -> Access:
+    environment = {**access.environment, "ANTHROPIC_BASE_URL": url}
+    return attrs.evolve(access, environment=environment, listener=listener)
 
 
 def _listen(address: str) -> trio.SocketListener:

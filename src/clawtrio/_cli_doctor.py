@@ -17,13 +17,14 @@ from rich.text import Text
 from ._cli_care import RUNTIMES, RuntimeName, is_installed, runtime_named
 from ._cli_terminal import show, write
 from ._docker import DockerRuntime
-from ._engine import MIN_FREE_INODES, choose_runtime
+from ._engine import choose_runtime
 from ._errors import ClawtrioError, RuntimeUnavailableError
 from ._groups import Places, open_places
 from ._mounts import container_directory
 from ._runtimes import ContainerSpec, Runtime, ask_within
 from ._settings import MIB, Settings
 from ._text import printable
+from ._upkeep import MIN_FREE_INODES
 
 State: TypeAlias = Literal["ok", "info", "warning", "broken"]
 

@@ -277,7 +277,7 @@ async def run_prompt(
 async def plan_run(settings: Settings, group: Group) -> int:
     """Print what would be run."""
     async with open_engine(settings) as engine:
-        await say(shlex.join(engine.plan(group)))
+        await say(shlex.join(await engine.plan(group)))
     return 0
 
 

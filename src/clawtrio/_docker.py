@@ -33,6 +33,7 @@ from ._runtimes import (
     LABEL_ENGINE,
     LABEL_ROOT,
     LABEL_RUN,
+    RUN_CLAWTRIO,
     RUNNER,
     WORKSPACE_GROUP,
     ContainerSpec,
@@ -67,6 +68,11 @@ _NO_NETWORK: Final = re.compile(r"not found|no such network", re.IGNORECASE)
 _HIDEABLE: Final = re.compile(
     r"(?:ANTHROPIC|CLAUDE|CLAWTRIO)_\w+"
     r"|(?!DOCKER_|CONTAINERS?_|OTEL_)[A-Z]\w*_(?:KEY|TOKEN|SECRET)"
+)
+_FAR_PROXY: Final = (
+    "containers of this {} are not on this host, and cannot reach the credential"
+    " proxy: use an engine that is, or set CLAWTRIO_NETWORK to open and"
+    " CLAWTRIO_PROXY_HOST to an address of this host that they reach"
 )
 _CLOSED: Final = "Leave CLAWTRIO_NETWORK at proxy."
 _OWN_MESSAGE: Final = re.compile(r"(?:docker|Error|crun|runc): (.*)")
@@ -185,6 +191,9 @@ class DockerRuntime:
 
     async def start(self, spec: ContainerSpec) -> DockerContainer:
         argv = self.argv(spec)
+        targets = {held.mount.container_path for held in spec.mounts}
+        if RUN_CLAWTRIO in targets and not self.compares_mounts:
+            raise NotStartedError(_FAR_PROXY.format(self.name))
         environment = {**client_environment(), **_hidden(spec)}
         if spec.network == "none" or not self._flavour.network_per_run:
             process = await spawn(argv, environment=environment)

@@ -12,65 +12,52 @@ from collections.abc import (
     Callable,
     Collection,
     Iterable,
-    Sequence,
+    Mapping,
 )
 from contextlib import ExitStack, asynccontextmanager
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import TypeVar
 
 import attrs
 import trio
 from trio_util import AsyncValue
 
-from ._access import PORT, Access, open_socket, tell
+from ._access import Access
 from ._agent import agent_python
-from ._allowlist import AllowlistFile
 from ._bwrap import BwrapRuntime
 from ._codec import ContainerInput, encode_groups, encode_input, encode_tasks
 from ._credentials import CredentialFile
 from ._docker import DockerRuntime
 from ._errors import NotStartedError, RuntimeUnavailableError
 from ._flavours import FLAVOURS
-from ._forbidden import Forbidden
-from ._grants import Grants, WritableSources, grant_mounts
 from ._groups import Places, open_places
 from ._hostfs import Directory
 from ._models import AgentOutput, AvailableGroup, Group, RunResult, ScheduledTask
-from ._mounts import container_directory, hold_mounts
-from ._process import hold_in_thread, in_thread
+from ._outfit import Outfitter
+from ._process import in_thread
 from ._proxy import Proxy, open_proxy
 from ._run import Run, RunLogger
 from ._runlog import LogEntry, log_name, prune_logs, render_log
 from ._runtimes import (
-    HOME,
     LABEL_ENGINE,
     LABEL_ROOT,
-    LABEL_RUN,
     RUNTIME_FAILURES,
-    ContainerSpec,
-    HeldMount,
     Runtime,
     ask_within,
 )
 from ._settings import Settings
-from ._stdin import FileWords, LifelineWords, Words
+from ._stdin import open_words
 from ._sweep import EngineFile, sweep
 from ._teardown import Janitor, Supervised
 from ._turns import Timeouts, Turns
+from ._upkeep import check_space, empty_trash, watch_space
 
 T = TypeVar("T")
 OnOutput = Callable[[AgentOutput], Awaitable[object]]
 
 log = logging.getLogger(__name__)
-
-#: Seconds between two looks at the free space while agents may fill the disk.
-_SPACE_INTERVAL: Final = 5.0
-#: How many files are deleted in one go, well below a second.
-_TRASH_BATCH: Final = 5000
-#: A file system can be full of empty files, too.
-MIN_FREE_INODES: Final = 1024
 
 
 def choose_runtime(settings: Settings) -> Runtime:
@@ -86,17 +73,6 @@ def choose_runtime(settings: Settings) -> Runtime:
         claude = settings.agent == "claude" and settings.agent_command is None
         return BwrapRuntime(python=agent_python() if claude else None)
     return DockerRuntime(FLAVOURS[name], image=settings.image)
-
-
-def _for_claude(settings: Settings) -> dict[str, str]:
-    """Return what our backend for Claude reads of the settings."""
-    variables = {}
-    if settings.agent == "claude" and settings.agent_command is None:
-        if settings.model is not None:
-            variables["CLAWTRIO_MODEL"] = settings.model
-        if settings.partial_text:
-            variables["CLAWTRIO_PARTIAL_TEXT"] = "1"
-    return variables
 
 
 class Engine:
@@ -115,25 +91,29 @@ class Engine:
         places: Places,
         credentials: CredentialFile,
         proxy: Proxy,
-        engine_id: str,
+        labels: Mapping[str, str],
         nursery: trio.Nursery,
     ) -> None:
         self.settings = settings
         self.runtime = runtime
         self._places = places
         self._proxy = proxy
-        self._credentials = credentials
-        self._id = engine_id
+        self._outfitter = Outfitter(
+            places=places,
+            runtime=runtime,
+            proxy=proxy,
+            credentials=credentials,
+            labels=labels,
+            serve=self._serve,
+            check_open=self._check_open,
+        )
         self._nursery = nursery
         self._runs: AsyncValue[tuple[Run, ...]] = AsyncValue(())
-        self._forbidden = Forbidden(settings, fixed=[str(container_directory())])
-        self._allowlist = AllowlistFile(settings, self._forbidden)
-        self._writable = WritableSources()
         self._closing = False
-        self._janitor = Janitor(runtime, engine_id, settings.command_timeout)
+        self._janitor = Janitor(runtime, labels[LABEL_ENGINE], settings.command_timeout)
         nursery.start_soon(self._janitor.work)
-        nursery.start_soon(self._watch_space)
-        nursery.start_soon(self._empty_trash)
+        nursery.start_soon(watch_space, places, self._runs)
+        nursery.start_soon(empty_trash, places, self._offload)
 
     @property
     def runs(self) -> tuple[Run, ...]:
@@ -300,20 +280,15 @@ class Engine:
         with self._places.open_ipc(group) as ipc:
             ipc.write(name, data, trash=self._places.trash, owner=self._places.owner)
 
-    def plan(self, group: Group) -> list[str]:
+    async def plan(self, group: Group) -> list[str]:
         """Return the command line that would start a container of *group*.
 
         Raises:
+            RuntimeUnavailableError: If its container could not reach the proxy.
             UnsafePathError: If a place on the host cannot be trusted.
         """
         with ExitStack() as stack:
-            run_id = "0" * 12
-            granted, _ = self._grant(group, log, stack)
-            access = self._open_access(group, run_id, stack)
-            if access and access.listener:
-                stack.callback(access.listener.socket.close)
-            spec = self._specify(group, run_id, granted, access, stack)
-            return list(self.runtime.argv(spec))
+            return list(self.runtime.argv(await self._outfitter.plan(group, stack)))
 
     async def _start(
         self, group: Group, container_input: ContainerInput, *, single_turn: bool
@@ -325,18 +300,19 @@ class Engine:
         with ExitStack() as stack:
             try:
                 stack.enter_context(self._places.lock_group(group))
-                if self._needs_credential():
-                    self._credentials.require()
-                granted, refused = await self._grant_soon(group, logger, stack)
-                self._check_open()
-                self._check_space()
-                access = self._open_access(group, run_id, stack)
-                self._serve(access)
-                spec = self._specify(group, run_id, granted, access, stack)
-                words = self._words(container_input, group, run_id, stack)
+                check_space(self._places)
+                outfit = await self._outfitter.fit_out(group, run_id, logger, stack)
+                words = open_words(
+                    encode_input(container_input),
+                    self._places,
+                    group,
+                    run_id,
+                    stack,
+                )
                 logs = stack.enter_context(self._places.open_logs(group))
             except OSError as exc:
                 raise NotStartedError(f"cannot prepare the run: {exc}") from exc
+            spec, access = outfit.spec, outfit.access
             run = Run(
                 run_id=run_id,
                 group=group,
@@ -349,8 +325,9 @@ class Engine:
                     answers_then_waits=self.settings.stdin == "eof",
                 ),
                 words=words,
+                open_port=self._outfitter.open_port(outfit),
                 single_turn=single_turn,
-                refused_mounts=refused,
+                refused_mounts=outfit.refused,
                 count_usage=lambda: access.ticket.usage if access else None,
                 log_path=Path(logs.path, log_name(started, run_id)),
                 logger=logger,
@@ -390,6 +367,10 @@ class Engine:
         logger.info("%s started by %s", spec.name, self.runtime.name)
         return run
 
+    def _serve(self, access: Access, listener: trio.SocketListener) -> None:
+        serve = partial(self._proxy.serve, listener, ticket=access.ticket)
+        self._nursery.start_soon(serve)
+
     def _check_open(self) -> None:
         if self._closing:
             raise RuntimeError("the engine is closed")
@@ -411,7 +392,7 @@ class Engine:
             # Whoever sees the result can start the group's next run.
             keep.close()
             self._forget(run)
-            self._nursery.start_soon(self._empty_trash)
+            self._nursery.start_soon(empty_trash, self._places, self._offload)
 
         with keep:
             try:
@@ -448,176 +429,6 @@ class Engine:
             idle=self.settings.idle_timeout,
             close=self.settings.close_grace,
         )
-
-    def _needs_credential(self) -> bool:
-        """Whether a run is pointless without; a user's own agent may need none."""
-        return self.settings.agent_command is None and self.settings.agent != "echo"
-
-    def _open_access(
-        self, group: Group, run_id: str, stack: ExitStack
-    ) -> Access | None:
-        """Give a run its way to the API; None if its agent does not know of one."""
-        settings = self.settings
-        if settings.agent_command is None and settings.agent == "echo":
-            return None
-        ticket = stack.enter_context(
-            self._proxy.admit(
-                group.folder,
-                run_id,
-                max_output_tokens=settings.max_output_tokens,
-                max_requests=settings.max_requests,
-            )
-        )
-        access = tell(ticket, self._credentials.current(), f"http://127.0.0.1:{PORT}")
-        return open_socket(access, self._places, f"{self._id}-{run_id}", stack)
-
-    def _serve(self, access: Access | None) -> None:
-        if access and access.listener:
-            serve = partial(self._proxy.serve, access.listener, ticket=access.ticket)
-            self._nursery.start_soon(serve)
-
-    async def _grant_soon(
-        self, group: Group, logger: RunLogger, stack: ExitStack
-    ) -> Grants:
-        """Hold what is granted of the group's wishes; where it hangs, nothing is."""
-        requests = group.container_config.additional_mounts
-        grant = partial(self._grant, group, logger)
-        if self.runtime.in_process or not requests:
-            granted, refused = grant(stack)
-        else:
-            seconds = self.settings.command_timeout
-            problem = f"could not be looked at within {seconds:g} s"
-            granted, refused = [], [(request, problem) for request in requests]
-            with trio.move_on_after(seconds):
-                granted, refused = await hold_in_thread(grant, stack)
-        for _, reason in refused:
-            logger.warning("additional mount refused: %s", reason)
-        return granted, refused
-
-    def _grant(
-        self, group: Group, logger: logging.Logger | RunLogger, stack: ExitStack
-    ) -> Grants:
-        requests = group.container_config.additional_mounts
-        if not requests:
-            return [], []
-        return grant_mounts(
-            requests,
-            is_main=group.is_main,
-            allowlist=self._allowlist,
-            forbidden=self._forbidden,
-            writable=self._writable,
-            compares=self.runtime.compares_mounts,
-            stack=stack,
-            logger=logger,
-        )
-
-    def _specify(
-        self,
-        group: Group,
-        run_id: str,
-        granted: Sequence[HeldMount],
-        access: Access | None,
-        stack: ExitStack,
-    ) -> ContainerSpec:
-        settings = self.settings
-        places = self._places
-        arguments: tuple[str, ...] = ()
-        if settings.agent_command is not None:
-            # A foreign image starts that by our runner, too.
-            arguments = ("--", *settings.agent_command)
-        elif self.runtime.takes_runner:
-            arguments = (settings.agent,)
-        mounts = stack.enter_context(
-            hold_mounts(places, group, self._forbidden, own_runner=bool(arguments))
-        )
-        way = (access.mount,) if access and access.mount else ()
-        return ContainerSpec(
-            name=f"clawtrio-{group.folder}-{run_id}",
-            labels={
-                LABEL_ROOT: places.root_id,
-                LABEL_ENGINE: self._id,
-                LABEL_RUN: run_id,
-            },
-            mounts=(*mounts, *way, *granted),
-            environment={
-                "TZ": settings.timezone,
-                "HOME": HOME,
-                "LANG": "C.UTF-8",
-                **settings.agent_env,
-                **(access.environment if access else {}),
-                **_for_claude(settings),
-            },
-            arguments=arguments,
-            uid=places.owner.uid,
-            gid=places.owner.gid,
-            memory=settings.memory,
-            cpus=settings.cpus,
-            pids=settings.pids,
-        )
-
-    def _words(
-        self,
-        container_input: ContainerInput,
-        group: Group,
-        run_id: str,
-        stack: ExitStack,
-    ) -> Words:
-        line = encode_input(container_input)
-        if container_input.lifeline:
-            return LifelineWords(line)
-        ipc = stack.enter_context(self._places.open_ipc(group))
-        # What an earlier run has not read is not for this one, nor the other way round.
-        ipc.discard("input", self._places.trash)
-        stack.callback(self._clear_input, ipc)
-        directory = stack.enter_context(self._places.open_in_ipc(ipc, "input"))
-        return FileWords(
-            line,
-            directory,
-            run_id,
-            self._places.owner,
-            trash=self._places.trash,
-        )
-
-    def _clear_input(self, ipc: Directory) -> None:
-        try:
-            ipc.discard("input", self._places.trash)
-        except OSError as exc:
-            # An agent of our own uid can forbid it; the next start tries again.
-            log.warning("cannot clear %s/input: %s", ipc.path, exc)
-
-    def _check_space(self) -> None:
-        free, inodes = self._places.free()
-        if free < self.settings.min_free_bytes:
-            problem = (
-                f"{free} bytes are free on the disk, min_free_bytes asks for "
-                f"{self.settings.min_free_bytes}"
-            )
-            raise NotStartedError(problem)
-        if inodes is not None and inodes < MIN_FREE_INODES:
-            raise NotStartedError(f"only {inodes} inodes are free on the disk")
-
-    async def _watch_space(self) -> None:
-        """Stop the runs before one of them has filled the disk."""
-        while True:
-            await self._runs.wait_value(bool)
-            try:
-                self._check_space()
-            except NotStartedError as exc:
-                log.error("stopping all runs: %s", exc)  # noqa: TRY400 - no bug
-                for run in self._runs.value:
-                    run.stop()
-            except OSError as exc:
-                log.warning("cannot tell how much space is free: %s", exc)
-            await trio.sleep(_SPACE_INTERVAL)
-
-    async def _empty_trash(self) -> None:
-        """Delete what was thrown away, a little at a time: an agent chose how much."""
-        work = partial(self._places.empty_trash, _TRASH_BATCH)
-        try:
-            while not await self._offload(work):  # noqa: ASYNC110 - it is work, no wait
-                await trio.lowlevel.checkpoint()
-        except OSError as exc:
-            log.warning("cannot empty %s: %s", self._places.trash.path, exc)
 
     async def close(self) -> bool:
         """Stop all runs and see them off; False if a container may be left."""
@@ -658,8 +469,14 @@ async def open_engine(
             # What is left waits for the next sweep; the groups do not.
             log.warning("cannot sweep: %s", exc)
         engine_file = EngineFile(places.engines, runtime.name)
-        clean = True
+        labels = {LABEL_ROOT: places.root_id, LABEL_ENGINE: engine_file.engine_id}
+        has_network = settings.network == "open"
+        # A network whose making is cancelled may appear later: that is for a sweep.
+        clean = not has_network
         try:
+            if has_network:
+                make = partial(runtime.open_network, labels)
+                await ask_within(settings.command_timeout, runtime, make)
             async with (
                 open_proxy(credentials, paths=settings.proxy_paths) as proxy,
                 _open_bare_nursery() as nursery,
@@ -670,7 +487,7 @@ async def open_engine(
                     places=places,
                     credentials=credentials,
                     proxy=proxy,
-                    engine_id=engine_file.engine_id,
+                    labels=labels,
                     nursery=nursery,
                 )
                 try:
@@ -679,7 +496,26 @@ async def open_engine(
                     clean = await engine.close()  # noqa: ASYNC102 - shields itself
                     nursery.cancel_scope.cancel()
         finally:
+            if has_network and not await _close_network(  # noqa: ASYNC102 - shielded
+                settings, runtime, labels
+            ):
+                clean = False
             engine_file.release(clean=clean)
+
+
+async def _close_network(
+    settings: Settings, runtime: Runtime, labels: Mapping[str, str]
+) -> bool:
+    """Remove the engine's open network; False if it may be left."""
+    with trio.CancelScope(shield=True):
+        try:
+            close = partial(runtime.close_network, labels)
+            await ask_within(settings.command_timeout, runtime, close)
+        except RUNTIME_FAILURES as exc:
+            # It keeps what is in it apart all the same, until a sweep removes it.
+            log.warning("cannot remove the network of the engine: %s", exc)
+            return False
+    return True
 
 
 @asynccontextmanager

@@ -161,6 +161,7 @@ class Run:
         words: Words,
         single_turn: bool,
         refused_mounts: Sequence[tuple[AdditionalMount, str]],
+        open_port: Callable[[Container], Awaitable[object]] | None,
         count_usage: Callable[[], Usage | None],
         log_path: Path,
         logger: RunLogger,
@@ -179,6 +180,7 @@ class Run:
         self._words = words
         self._single_turn = single_turn
         self._refused_mounts = tuple(refused_mounts)
+        self._open_port = open_port
         self._count_usage = count_usage
         self._log_path = log_path
         self._logger = logger
@@ -393,6 +395,8 @@ class Run:
         try:
             with trio.move_on_after(seconds) as scope:
                 await supervised.container.verify()
+                if self._open_port is not None:
+                    await self._open_port(supervised.container)
         except RUNTIME_FAILURES as exc:
             self._end(Ending.NOT_STARTED, str(exc))
             return

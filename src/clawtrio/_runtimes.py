@@ -26,6 +26,8 @@ LABEL_RUN: Final = "clawtrio.run"
 WORKSPACE_GROUP: Final = "/workspace/group"
 RUNNER: Final = "/app/src"
 HOME: Final = "/home/node"
+#: Where the directory of the proxy's Unix socket is mounted.
+RUN_CLAWTRIO: Final = "/run/clawtrio"
 
 
 T = TypeVar("T")

@@ -256,7 +256,8 @@ class Settings:
         memory: Bytes of memory for a container, swap included.
         cpus: Processors' worth of time for a container.
         pids: Processes and threads in a container.
-        network: ``proxy`` or ``open``.
+        network: ``proxy``: containers reach the credential proxy, and nothing else.
+            ``open``: also what the host reaches, and the host, but not each other.
         run_uid: The user that agents run as: by default the owner of *root*, or
             1000 where that is uid 0.
         min_free_bytes: Free disk space under which no run starts.
@@ -271,7 +272,9 @@ class Settings:
             clawtrio's to set (``HOME``, ``TZ``, ``CLAWTRIO_*``) or changes how
             programs are loaded (``LD_*``, ``GLIBC_*``).
         writable_agent_runner: Whether each group has its own copy of the runner.
-        proxy_host: Address for the credential proxy, where it needs one.
+        proxy_host: An address of this host on which the proxy listens, with network
+            ``open``, for engines whose containers are on another machine, or in a
+            virtual one (Docker Desktop: 127.0.0.1).
         proxy_paths: API paths that agents may call, by GET, HEAD and POST; None is what
             the Claude CLI needs. Never OAuth, files, batches or administration.
         max_output_tokens: Budget of a run; None is no limit.

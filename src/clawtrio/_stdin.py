@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from contextlib import ExitStack
 from typing import Final, Protocol
 
 import trio
 
 from ._codec import CLOSE, encode_message
 from ._errors import FollowUpRefusedError
+from ._groups import Places
 from ._hostfs import Directory, Owner
+from ._models import Group
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +55,36 @@ class Words(Protocol):
             trio.BrokenResourceError: If the agent has closed its stdin.
             trio.ClosedResourceError: If we did.
         """
+
+
+def open_words(
+    line: bytes, places: Places, group: Group, run_id: str, stack: ExitStack
+) -> Words:
+    """Choose the way that the settings say, and clear it.
+
+    Args:
+        line: The input.
+        places: Where the mailbox is.
+        group: Whose.
+        run_id: The run's; in the names of the files.
+        stack: Clears the mailbox again at the run's end.
+    """
+    if places.settings.stdin == "lifeline":
+        return LifelineWords(line)
+    ipc = stack.enter_context(places.open_ipc(group))
+    # What an earlier run has not read is not for this one, nor the other way round.
+    ipc.discard("input", places.trash)
+    stack.callback(_clear_input, ipc, places.trash)
+    directory = stack.enter_context(places.open_in_ipc(ipc, "input"))
+    return FileWords(line, directory, run_id, places.owner, trash=places.trash)
+
+
+def _clear_input(ipc: Directory, trash: Directory) -> None:
+    try:
+        ipc.discard("input", trash)
+    except OSError as exc:
+        # An agent of our own uid can forbid it; the next start tries again.
+        log.warning("cannot clear %s/input: %s", ipc.path, exc)
 
 
 def _check_room(queued: int, size: int) -> None:

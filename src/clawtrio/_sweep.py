@@ -17,6 +17,7 @@ import logging
 import os
 import secrets
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Final
@@ -73,17 +74,10 @@ async def sweep(places: Places, runtime: Runtime) -> list[FoundContainer]:
         RuntimeUnavailableError: If the runtime cannot be asked, or not soon; or could
             not remove something, after the rest was tried. The next sweep finds that.
     """
-    engines = places.engines
     removed = []
     failure: RuntimeUnavailableError | None = None
     with ExitStack() as locks:
-        # Containers of another runtime are for a sweep of that one to find.
-        dead = {
-            engine_id: _is_done(fd, places.settings.command_timeout)
-            for engine_id in engines.names()
-            if _runtime_of(engines.read(engine_id) or b"") == runtime.name
-            and (fd := _take_over(engines, engine_id, locks)) is not None
-        }
+        dead = _find_dead(places, runtime, locks)
         ask = partial(ask_within, places.settings.command_timeout, runtime)
         for container in await ask(partial(runtime.find, {LABEL_ROOT: places.root_id})):
             engine_id = container.labels.get(LABEL_ENGINE, "")
@@ -98,14 +92,39 @@ async def sweep(places: Places, runtime: Runtime) -> list[FoundContainer]:
                 name = one_line(container.id)
                 log.warning("removed %s, left by a dead engine", name)
                 removed.append(container)
-        for name in places.sockets.names(None):
-            if name.partition("-")[0] in dead:
-                places.sockets.discard(name, places.trash)
-        for engine_id in (name for name, done in dead.items() if done):
-            engines.remove(engine_id)
+        for engine_id in dead:
+            labels = {LABEL_ROOT: places.root_id, LABEL_ENGINE: engine_id}
+            try:
+                await ask(partial(runtime.close_network, labels))
+            except RuntimeUnavailableError as exc:
+                failure = failure or exc
+                dead[engine_id] = False
+        _forget(places, dead)
     if failure is not None:
         raise failure
     return removed
+
+
+def _find_dead(places: Places, runtime: Runtime, locks: ExitStack) -> dict[str, bool]:
+    """Lock the files of dead engines that used *runtime*; tell of each if it is done.
+
+    Those of another runtime are for a sweep of that one to find.
+    """
+    return {
+        engine_id: _is_done(fd, places.settings.command_timeout)
+        for engine_id in places.engines.names()
+        if _runtime_of(places.engines.read(engine_id) or b"") == runtime.name
+        and (fd := _take_over(places.engines, engine_id, locks)) is not None
+    }
+
+
+def _forget(places: Places, dead: Mapping[str, bool]) -> None:
+    """Remove what dead engines have here; of those with more to come, the sockets."""
+    for name in places.sockets.names(None):
+        if name.partition("-")[0] in dead:
+            places.sockets.discard(name, places.trash)
+    for engine_id in (name for name, done in dead.items() if done):
+        places.engines.remove(engine_id)
 
 
 def _runtime_of(content: bytes) -> str:
