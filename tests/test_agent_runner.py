@@ -448,6 +448,44 @@ async def test_no_inbox_yet(tmp_path: Path) -> None:
         assert agent.process.returncode == 0
 
 
+async def test_files_are_heard_of_at_once(tmp_path: Path) -> None:
+    """The kernel tells of a file: there is no waiting for the next look."""
+    prelude = "import wire; wire.WATCHED_INTERVAL = 60"
+    async with running(program(inbox=tmp_path, prelude=prelude)) as agent:
+        await agent.send(line(INPUT))
+        await agent.hang_up()
+        await agent.next(3)
+        await trio.sleep(0.5)
+        for number in range(1, 21):
+            started = trio.current_time()
+            path = tmp_path / f"{number}.tmp"
+            path.write_bytes(message("?", id=number))
+            path.rename(path.with_suffix(".json"))
+            assert (await agent.next(2))[0] == output("?", answers=number)
+            assert trio.current_time() - started < 5
+        (tmp_path / "_close").touch()
+        assert await agent.rest() == []
+
+
+@pytest.mark.parametrize("lacking", ["inotify_init1", "inotify_add_watch"])
+async def test_files_without_a_watch(tmp_path: Path, lacking: str) -> None:
+    """Where the kernel has no watch to give, it looks again and again."""
+    prelude = f"""
+import ctypes
+class Library(ctypes.CDLL):
+    def {lacking}(self, *arguments):
+        return -1
+ctypes.CDLL = Library
+"""
+    async with running(program(inbox=tmp_path, prelude=prelude)) as agent:
+        await agent.send(line(INPUT))
+        await agent.hang_up()
+        await agent.next(3)
+        await trio.sleep(0.3)
+        (tmp_path / "1.json").write_bytes(message("on", id=1))
+        assert (await agent.next(2))[0] == output("on", answers=1)
+
+
 async def test_malformed_file_is_removed(tmp_path: Path) -> None:
     """A file that means nothing is named once on stderr, and is gone."""
     (tmp_path / "1.json").write_bytes(b"{")
@@ -687,6 +725,17 @@ async def test_wrong_arguments(argv: list[str]) -> None:
     assert stderr == (
         f"agent_runner: expected claude | echo | -- COMMAND [ARGUMENT]..., not {argv}\n"
     )
+
+
+async def test_claude_that_is_not_installed() -> None:
+    """Without the SDK the prompt is answered with what to do about it."""
+    argv = program(prelude="sys.modules['claude_agent_sdk'] = None")
+    argv[2] = argv[2].replace('["echo"]', '["claude"]')
+    code, stdout, _ = await run(lifeline(), program=argv)
+    (frame,) = frames_in(stdout)
+    assert (code, frame["status"], frame["answers"]) == (1, "error", 0)
+    assert frame["error"].startswith("Claude is not installed here (")
+    assert "clawtrio agent install" in frame["error"]
 
 
 async def test_own_command_takes_the_place() -> None:

@@ -563,6 +563,14 @@ async def test_no_bubblewrap(monkeypatch: pytest.MonkeyPatch) -> None:
         runtime.argv(make_spec())
 
 
+async def test_no_python() -> None:
+    """Without the Python of the agent there is a remedy."""
+    runtime = BwrapRuntime(python="/nowhere/python")
+
+    with pytest.raises(RuntimeUnavailableError, match="clawtrio agent install"):
+        await runtime.check()
+
+
 async def test_check_takes_the_first_that_works(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

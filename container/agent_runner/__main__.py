@@ -42,7 +42,9 @@ def run_claude(session: Session) -> int:
         # It is in our image, and in what `clawtrio agent install` makes.
         import wire  # noqa: PLC0415 - as above
 
-        wire.emit(status="error", error=f"the agent is not installed here: {exc}")
+        remedy = "'clawtrio image build', or for bwrap 'clawtrio agent install'"
+        error = f"Claude is not installed here ({exc}): run {remedy}"
+        wire.emit(status="error", error=error, answers=0)
         return 1
     return claude.run(session)
 

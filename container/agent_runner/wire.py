@@ -36,11 +36,15 @@ END: Final = b"\n---NANOCLAW_OUTPUT_END---\n"
 INBOX: Final = Path("/workspace/ipc/input")
 CLOSE: Final = "_close"
 POLL_INTERVAL: Final = 0.1
+#: Where the kernel tells of files; file sharing with a virtual machine may not.
+WATCHED_INTERVAL: Final = 0.5
 
 HOST_GONE: Final = 129
 """Exit code when the host has hung up: 128 + SIGHUP, as a shell would put it."""
 
 _READ_SIZE: Final = 2**16
+#: IN_CLOSE_WRITE and IN_MOVED_TO: at IN_CREATE there is nothing in it yet.
+_IN_COMES: Final = 0x8 | 0x80
 _STDOUT: Final = 1
 _STDERR: Final = 2
 _writing = threading.Lock()
@@ -246,6 +250,7 @@ def _follow_lines(lines: Iterator[bytes], deliver: Deliver) -> None:
 
 def _follow_files(inbox: Path, deliver: Deliver) -> None:
     close = inbox / CLOSE
+    watch = _Watch(inbox)
     stuck: set[Path] = set()  # what can't be removed must not be answered twice
     while True:
         # Looked for before the files are: what came before it is then among them.
@@ -262,7 +267,37 @@ def _follow_files(inbox: Path, deliver: Deliver) -> None:
             _remove(close)
             deliver(None)
             return
-        time.sleep(POLL_INTERVAL)
+        watch.wait()
+
+
+class _Watch:
+    """Waits for files to come into *directory*, which need not be there yet."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._fd: int | None = None
+
+    def wait(self) -> None:
+        """Wait until a file comes, or it is time to look again."""
+        if self._fd is None:
+            time.sleep(POLL_INTERVAL)
+            self._fd = _open_inotify(self._directory)
+        elif select.select([self._fd], [], [], WATCHED_INTERVAL)[0]:
+            os.read(self._fd, _READ_SIZE)
+
+
+def _open_inotify(directory: Path) -> int | None:
+    """Return a descriptor that is readable when a file comes; None without such."""
+    import ctypes  # noqa: PLC0415 - only where follow-ups are files
+
+    libc = ctypes.CDLL(None)
+    fd: int = libc.inotify_init1(os.O_CLOEXEC)
+    if fd < 0:
+        return None
+    if libc.inotify_add_watch(fd, bytes(directory), _IN_COMES) < 0:
+        os.close(fd)
+        return None
+    return fd
 
 
 def _files_in(inbox: Path) -> list[Path]:
