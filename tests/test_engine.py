@@ -40,6 +40,8 @@ from clawtrio import (
     UnsafePathError,
     open_engine,
 )
+from clawtrio._agent import agent_python
+from clawtrio._bwrap import BwrapRuntime
 from clawtrio._engine import choose_runtime
 from clawtrio.testing import AgentPipes, FakeRuntime, framed, scripted_agent
 
@@ -1277,6 +1279,59 @@ async def test_the_container_is_told_what_it_must_know(
     assert mounts["/app/src"].readonly
     assert spec.uid != 0
     assert plan[0] == "clawtrio-family-" + "0" * 12
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"agent": "claude"}, {}),
+        (
+            {"agent": "claude", "model": "m", "partial_text": True},
+            {"CLAWTRIO_MODEL": "m", "CLAWTRIO_PARTIAL_TEXT": "1"},
+        ),
+        ({"agent": "echo", "model": "m", "partial_text": True}, {}),
+        ({"agent": "claude", "model": "m", "agent_command": ["own"]}, {}),
+    ],
+)
+async def test_claude_is_told_of_its_settings(
+    settings: dict[str, Any],
+    told: dict[str, str],
+    tmp_path: Path,
+    autojump_clock: MockClock,
+) -> None:
+    """The model, and whether text is wanted while it grows, are for Claude alone."""
+    runtime = FakeRuntime(echoing())
+    credentials = tmp_path / ".env"
+    credentials.write_text("ANTHROPIC_API_KEY=sk-ant-test\n")
+    async with (
+        engine_on(tmp_path, runtime, **settings) as engine,
+        engine.open_run(GROUP, "Hi", chat_jid=JID),
+    ):
+        pass
+
+    (spec,) = runtime.specs
+    ours = {k: v for k, v in spec.environment.items() if k in OF_CLAUDE}
+    assert ours == told
+
+
+OF_CLAUDE = ("CLAWTRIO_MODEL", "CLAWTRIO_PARTIAL_TEXT")
+
+
+@pytest.mark.parametrize(
+    ("changes", "own_python"),
+    [
+        ({"agent": "claude"}, True),
+        ({"agent": "echo"}, False),
+        ({"agent": "claude", "agent_command": ["own"]}, False),
+    ],
+)
+def test_bwrap_runs_claude_on_its_own_python(
+    changes: dict[str, Any], *, own_python: bool, tmp_path: Path
+) -> None:
+    """Claude has the environment that was installed for it; others have ours."""
+    runtime = choose_runtime(settings_for(tmp_path, runtime="bwrap", **changes))
+    assert isinstance(runtime, BwrapRuntime)
+    assert runtime._python == (agent_python() if own_python else sys.executable)
 
 
 @pytest.mark.parametrize(
