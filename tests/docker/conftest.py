@@ -70,7 +70,7 @@ def _why_not(name: str) -> str | None:
         return f"{name} does not answer, or has no {BASE_IMAGE}"
 
     async def build() -> None:
-        with trio.fail_after(120):
+        with trio.fail_after(900):  # the first time it fetches Claude
             await build_image(name, image=IMAGE, base_image=BASE_IMAGE, on_line=print)
 
     try:
