@@ -29,11 +29,19 @@ See :func:`open_engine`.
 #   _teardown, _sweep             the stop ladder, the janitor; what the dead left
 #   _run                          the nursery that joins all these
 #   _upkeep, _engine              disk space and trash; what runs share
+#   _store                        what must outlive a dispatcher
+#   _queue                        who runs next (sans-I/O)
+#   _dispatcher                   messages of many chats -> runs
 #   testing                       fakes, public
 #   _cli                          the command line
 
 import logging
 
+from ._dispatcher import (
+    Dispatcher as Dispatcher,
+    DispatcherStatistics as DispatcherStatistics,
+    open_dispatcher as open_dispatcher,
+)
 from ._engine import Engine as Engine, open_engine as open_engine
 from ._errors import (
     AllowlistError as AllowlistError,
@@ -46,6 +54,8 @@ from ._errors import (
     RunClosedError as RunClosedError,
     RuntimeUnavailableError as RuntimeUnavailableError,
     SettingsError as SettingsError,
+    StoreBusyError as StoreBusyError,
+    UnknownChatError as UnknownChatError,
     UnsafePathError as UnsafePathError,
 )
 from ._markers import MarkerParser as MarkerParser
@@ -73,6 +83,14 @@ from ._runtimes import (
     Runtime as Runtime,
 )
 from ._settings import Settings as Settings
+from ._store import (
+    Change as Change,
+    Contents as Contents,
+    MemoryStore as MemoryStore,
+    Message as Message,
+    SqliteStore as SqliteStore,
+    Store as Store,
+)
 
 # A library says nothing where the application has not asked for it.
 logging.getLogger(__name__).addHandler(logging.NullHandler())

@@ -176,7 +176,7 @@ def _refuse_constant(name: str) -> NoReturn:
 def _text(value: object) -> str | None:
     if not isinstance(value, str):
         return None
-    return _well_formed(value) if _SURROGATE.search(value) else value
+    return well_formed(value) if _SURROGATE.search(value) else value
 
 
 def _session_id(value: str | None) -> str | None:
@@ -185,7 +185,8 @@ def _session_id(value: str | None) -> str | None:
     return None
 
 
-def _well_formed(text: str) -> str:
+def well_formed(text: str) -> str:
+    """Replace what UTF-8 cannot say: lone surrogates, which JavaScript writes."""
     # UTF-16 joins the halves of a pair, and leaves only the lone ones to replace.
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
@@ -246,7 +247,7 @@ def _utf8(text: str) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError:
-        return _well_formed(text).encode()
+        return well_formed(text).encode()
 
 
 def camel(name: str) -> str:

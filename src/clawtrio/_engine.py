@@ -479,7 +479,7 @@ async def open_engine(
                 await ask_within(settings.command_timeout, runtime, make)
             async with (
                 open_proxy(credentials, paths=settings.proxy_paths) as proxy,
-                _open_bare_nursery() as nursery,
+                open_bare_nursery() as nursery,
             ):
                 engine = Engine(
                     settings=settings,
@@ -519,7 +519,7 @@ async def _close_network(
 
 
 @asynccontextmanager
-async def _open_bare_nursery() -> AsyncIterator[trio.Nursery]:
+async def open_bare_nursery() -> AsyncIterator[trio.Nursery]:
     """Open a nursery that does not put an exception of its block into a group."""
     with trio.CancelScope() as scope:
         manager = trio.open_nursery()

@@ -162,3 +162,31 @@ class FollowUpRefusedError(ClawtrioError):
 
     def __str__(self) -> str:
         return self.problem
+
+
+@attrs.define
+class UnknownChatError(ClawtrioError):
+    """No group belongs to the chat: register one first.
+
+    Attributes:
+        chat_jid: The chat, or the folder of a group that has none.
+    """
+
+    chat_jid: str
+
+    def __str__(self) -> str:
+        return f"no group belongs to chat {self.chat_jid!r}"
+
+
+@attrs.define
+class StoreBusyError(ClawtrioError):
+    """The store has an owner already: one dispatcher, in one process, has it open.
+
+    Attributes:
+        store: Which store.
+    """
+
+    store: str
+
+    def __str__(self) -> str:
+        return f"{self.store} is in use by another dispatcher"

@@ -125,7 +125,7 @@ class Group:
 
 @attrs.frozen
 class ScheduledTask:
-    """A task that an agent has scheduled, as its snapshot shows it.
+    """A task that an agent has scheduled.
 
     Attributes:
         id: Unique.
@@ -135,6 +135,10 @@ class ScheduledTask:
         schedule_value: A cron expression, milliseconds, or an ISO 8601 time.
         status: ``"active"``, ``"paused"`` or ``"completed"``.
         next_run: When it is due, in ISO 8601; None if it is not.
+        chat_jid: The chat that gets the answers; empty means the group's.
+        context_mode: ``"group"`` goes on with the group's session, ``"isolated"`` has
+            none.
+        last_run: When it was last due, in ISO 8601; None if it never was.
     """
 
     id: str
@@ -144,6 +148,9 @@ class ScheduledTask:
     schedule_value: str
     status: str = "active"
     next_run: str | None = None
+    chat_jid: str = attrs.field(default="", kw_only=True)
+    context_mode: str = attrs.field(default="isolated", kw_only=True)
+    last_run: str | None = attrs.field(default=None, kw_only=True)
 
 
 @attrs.frozen

@@ -218,6 +218,15 @@ class Run:
             raise RuntimeError(f"run {self.id} {how}")
         return self._result
 
+    @property
+    def pending(self) -> tuple[int, ...]:
+        """The numbers of the messages that got no answer yet, in order.
+
+        The prompt's is 0, and follow-ups count on from there. While an output is being
+        dealt with, what it answers is no longer among them.
+        """
+        return self._turns.pending
+
     async def send(self, text: str) -> None:
         """Ask the agent something more. Accepted is not answered.
 

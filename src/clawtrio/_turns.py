@@ -67,6 +67,11 @@ class Turns:
         return tuple(self._unanswered.values())
 
     @property
+    def pending(self) -> tuple[int, ...]:
+        """The numbers of the messages that got no answer, in order."""
+        return tuple(self._unanswered)
+
+    @property
     def next_number(self) -> int:
         """The number of the next follow-up."""
         return self._asked + 1
