@@ -53,6 +53,7 @@ DEEDS: Final = (
     *("raise", "dawdle"),
 )
 chats = st.sampled_from(sorted(GROUPS))
+moments = st.sampled_from([0.1, 0.3, 0.5, 1.0, 1.5, 2.2, 6.0, 60.0])
 #: By attempt; the last one is for all that follow.
 deeds = st.lists(st.sampled_from(DEEDS), min_size=1, max_size=3)
 TRIES: Final = 6
@@ -76,7 +77,7 @@ class Fate:
     stopped: bool = False
     begun: int = 0
     keys: list[tuple[int, int, str]] = attrs.field(factory=list)
-    "Each delivery: epoch, attempt and key."
+    "Each text that was said: by which host, at which attempt, with which key."
     answered: int = 0
     silent: int = 0
     failed: int = 0
@@ -154,7 +155,7 @@ class World:
         self.nursery.start_soon(host)
         await opened.wait()
 
-    async def leave(self, abruptly: bool) -> None:  # noqa: FBT001 - positional for do()
+    async def leave(self, *, abruptly: bool) -> None:
         """Leave the dispatcher's block."""
         if abruptly:
             self._scope.cancel()
@@ -163,9 +164,14 @@ class World:
         await self._gone.wait()
         self.clock.autojump_threshold = float("inf")
 
-    async def restart(self, abruptly: bool) -> None:  # noqa: FBT001
+    async def leave_and_return(self) -> None:
         """Leave the dispatcher's block, and open another on the same store."""
-        await self.leave(abruptly)
+        await self.leave(abruptly=False)
+        await self.start()
+
+    async def restart(self) -> None:
+        """Cancel the dispatcher's block, and open another on the same store."""
+        await self.leave(abruptly=True)
         await self.start()
 
     async def crash(self) -> None:
@@ -207,7 +213,7 @@ class World:
                 await trio.sleep(10)
         self.clock.autojump_threshold = float("inf")
 
-    async def ask(self, chat: str, what: list[str], *, task: bool = False) -> None:
+    async def ask(self, chat: str, what: list[str], task: bool) -> None:  # noqa: FBT001
         """Submit a message, or a task, and do not wait until it is accepted."""
         message = f"m{len(self.fates)}"
         fate = self.fates[message] = Fate(chat, what)
@@ -308,7 +314,7 @@ class World:
             attempt = fate.begun
             fate.begun += 1
             deed = fate.deeds[min(attempt, len(fate.deeds) - 1)]
-            text = json.dumps({**asked, "attempt": attempt, "deed": deed})
+            text: str | None = json.dumps({**asked, "attempt": attempt, "deed": deed})
             number = line.get("id", 0)
             await trio.sleep(1)
             if deed == "mute":
@@ -340,39 +346,29 @@ class Promise(RuleBasedStateMachine):
         super().__init__()
         self.world = World()
 
-    @rule(chat=chats, what=deeds)
-    def submit(self, chat: str, what: list[str]) -> None:
-        """Somebody writes."""
-        self.world.do(self.world.ask, chat, what)
+    @rule(chat=chats, what=deeds, task=st.sampled_from([False, False, True]))
+    def submit(self, chat: str, what: list[str], task: bool) -> None:  # noqa: FBT001
+        """Somebody writes, or a task is due."""
+        self.world.do(self.world.ask, chat, what, task)
 
-    @rule(chat=chats, what=deeds)
-    def submit_task(self, chat: str, what: list[str]) -> None:
-        """A task is due."""
-
-        async def ask() -> None:
-            await self.world.ask(chat, what, task=True)
-
-        self.world.do(ask)
-
-    @rule(seconds=st.sampled_from([0.1, 0.3, 0.5, 1.0, 1.5, 5.0, 60.0]))
+    @rule(seconds=moments)
     def advance(self, seconds: float) -> None:
         """Time goes by."""
         self.world.do(self.world.advance, seconds)
+
+    @rule(
+        upset=st.sampled_from([World.crash, World.restart, World.leave_and_return]),
+        seconds=moments,
+    )
+    def upset(self, upset: Callable[[World], Awaitable[None]], seconds: float) -> None:
+        """The host ends one way or another, and comes back."""
+        self.world.do(self.world.advance, seconds)
+        self.world.do(upset, self.world)
 
     @rule(chat=chats)
     def stop(self, chat: str) -> None:
         """Somebody says stop."""
         self.world.do(self.world.stop, chat)
-
-    @rule(abruptly=st.booleans())
-    def restart(self, abruptly: bool) -> None:  # noqa: FBT001 - Hypothesis calls it
-        """The dispatcher's block is left, and entered anew."""
-        self.world.do(self.world.restart, abruptly)
-
-    @rule()
-    def crash(self) -> None:
-        """The host is gone, and comes back."""
-        self.world.do(self.world.crash)
 
     def teardown(self) -> None:
         """In the end, everybody has got what was promised."""
@@ -408,4 +404,4 @@ def check(message: str, fate: Fate) -> None:
 
 
 TestPromise = Promise.TestCase
-TestPromise.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestPromise.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
