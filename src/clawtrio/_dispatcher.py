@@ -102,6 +102,7 @@ class _Job:
         last_turn: The id of the first message of the turn that text last belonged to.
         texts: How many texts each turn had so far, by that id.
         problem: What the callback raised.
+        complaint: What the agent last said of an error.
     """
 
     lane: Lane
@@ -114,6 +115,7 @@ class _Job:
     last_turn: int | None = None
     texts: Counter[int] = attrs.field(factory=Counter)
     problem: Exception | None = None
+    complaint: str | None = None
 
     @property
     def isolated(self) -> bool:
@@ -363,8 +365,8 @@ class Dispatcher:
                 self._begin(*begun)
             for lane, message in self._queue.to_send(now):
                 job = self._jobs.get(lane.chat_jid)
-                # While others were sent, this one may have been given up.
-                if job and job.run and message in lane.messages:
+                # While others were sent, this one may have been given up, or its run.
+                if job and job.run and message in lane.messages and not lane.alone:
                     lane.remove([message])
                     await self._send(job, job.run, message)
             for lane in self._queue.to_finish(now):
@@ -461,6 +463,7 @@ class Dispatcher:
         if output.result is None:
             if output.status == "error":
                 # They are tried again once this run is over, which it should be soon.
+                job.complaint = output.error or "The agent reported an error"
                 job.errors += [job.open.pop(number) for number in answered]
                 self._finish(job)
             elif answered:
@@ -519,6 +522,9 @@ class Dispatcher:
             delay = RETRY_DELAY * 2 ** (message.attempts - 1)
             job.lane.add([message], trio.current_time() + delay)
         self._totals["retries"] += len(again)
+        if failed and result.status == "success":
+            # As for others, that is.
+            result = attrs.evolve(result, status="error", error=job.complaint)
         if failed or job.problem is not None:
             await self._fail(job.lane.chat_jid, failed, result)
 

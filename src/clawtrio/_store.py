@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Final, Literal, Protocol, TypeAlias
 
 import attrs
-import cattrs
 import trio
 
 from ._errors import StoreBusyError
@@ -46,7 +45,7 @@ class Message:
     chat_jid: str
     text: str
     task_id: str | None = None
-    isolated: bool = False
+    isolated: bool = attrs.field(default=False, converter=bool)
     attempts: int = 0
     state: MessageState = "waiting"
 
@@ -166,8 +165,6 @@ _TABLES: Final = (
 )
 _PUT: Final = "INSERT OR REPLACE INTO message VALUES (?, ?, ?, ?, ?, ?, ?)"
 
-_converter: Final = cattrs.Converter()
-
 
 class SqliteStore:
     """A :class:`Store` in a SQLite file.
@@ -248,7 +245,7 @@ class SqliteStore:
             )
         names = [field.name for field in attrs.fields(Message)]
         messages = [
-            _converter.structure(dict(zip(names, row, strict=True)), Message)
+            Message(**dict(zip(names, row, strict=True)))
             for row in connection.execute("SELECT * FROM message ORDER BY id")
         ]
         highest = connection.execute("SELECT seq FROM sqlite_sequence").fetchone()
@@ -259,10 +256,7 @@ class SqliteStore:
             sessions=dict(connection.execute("SELECT folder, session_id FROM session")),
             tasks={
                 task.id: task
-                for task in (
-                    _converter.structure(json.loads(fields), ScheduledTask)
-                    for (fields,) in tasks
-                )
+                for task in (ScheduledTask(**json.loads(row[0])) for row in tasks)
             },
         )
 
@@ -282,7 +276,7 @@ class SqliteStore:
                 if task is None:
                     connection.execute("DELETE FROM task WHERE id = ?", (task_id,))
                 else:
-                    fields = json.dumps(_converter.unstructure(task))
+                    fields = json.dumps(attrs.asdict(task))
                     connection.execute(
                         "INSERT OR REPLACE INTO task VALUES (?, ?)", (task_id, fields)
                     )
@@ -301,7 +295,6 @@ def _transaction(connection: sqlite3.Connection) -> Iterator[sqlite3.Connection]
         yield connection
         connection.execute("COMMIT")
     except BaseException:
-        # Some errors have rolled it back already.
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
+        # Does nothing where the error has rolled it back already.
+        connection.rollback()
         raise
