@@ -74,12 +74,14 @@ class Bot:
     prompts: list[dict[str, Any]] = attrs.field(factory=list)
     hears: Callable[[str], Awaitable[object]] | None = None
     fails: Exception | None = None
+    news: trio.Event = attrs.field(factory=trio.Event)
 
     async def on_output(self, chat: str, output: AgentOutput, key: str) -> None:
         await trio.lowlevel.checkpoint()
         assert output.result is not None
         assert key.startswith(f"{chat}/")
         self.said.append((trio.current_time(), output.result, key))
+        self.news.set()
         if self.hears is not None:
             await self.hears(output.result)
 
@@ -88,6 +90,7 @@ class Bot:
     ) -> None:
         await trio.lowlevel.checkpoint()
         self.failed.append((trio.current_time(), chat, messages, result))
+        self.news.set()
         if self.fails is not None:
             raise self.fails
 
@@ -119,9 +122,10 @@ class Bot:
 
     async def wait_for(self, count: int) -> None:
         """Wait until so many messages were said or have failed."""
-        with trio.fail_after(10_000):
-            while len(self.said) + len(self.failed) < count:  # noqa: ASYNC110 - virtual
-                await trio.sleep(0.01)
+        with trio.fail_after(20_000):
+            while len(self.said) + len(self.failed) < count:
+                self.news = trio.Event()
+                await self.news.wait()
 
 
 async def answer(turn: Turn) -> None:

@@ -32,6 +32,7 @@ See :func:`open_engine`.
 #   _store                        what must outlive a dispatcher
 #   _queue                        who runs next (sans-I/O)
 #   _dispatcher                   messages of many chats -> runs
+#   _scheduler                    tasks that are due -> the dispatcher
 #   testing                       fakes, public
 #   _cli                          the command line
 
@@ -53,9 +54,11 @@ from ._errors import (
     NotStartedError as NotStartedError,
     RunClosedError as RunClosedError,
     RuntimeUnavailableError as RuntimeUnavailableError,
+    ScheduleError as ScheduleError,
     SettingsError as SettingsError,
     StoreBusyError as StoreBusyError,
     UnknownChatError as UnknownChatError,
+    UnknownTaskError as UnknownTaskError,
     UnsafePathError as UnsafePathError,
 )
 from ._markers import MarkerParser as MarkerParser
@@ -82,6 +85,7 @@ from ._runtimes import (
     HeldMount as HeldMount,
     Runtime as Runtime,
 )
+from ._scheduler import Scheduler as Scheduler, open_scheduler as open_scheduler
 from ._settings import Settings as Settings
 from ._store import (
     Change as Change,

@@ -227,7 +227,7 @@ class Dispatcher:
             UnknownChatError: If no group belongs to its chat, or no chat to its group.
             RuntimeError: If the dispatcher is closed.
         """
-        chat_jid = task.chat_jid or self._chat_of(task.group_folder)
+        chat_jid = self.chat_of(task)
         lane = self._lane(chat_jid)
         tasks = {then.id: then} if then else {}
         job = self._jobs.get(chat_jid)
@@ -244,6 +244,20 @@ class Dispatcher:
             isolated=task.context_mode == "isolated",
         )
         await self._enqueue(message, lane, tasks)
+
+    def chat_of(self, task: ScheduledTask) -> str:
+        """Return the chat that gets a task's answers.
+
+        Raises:
+            UnknownChatError: If no group belongs to its chat, or no chat to its group.
+        """
+        folder = task.group_folder.casefold()
+        for chat_jid, group in self.groups.items():
+            if chat_jid == task.chat_jid or (
+                not task.chat_jid and group.folder.casefold() == folder
+            ):
+                return chat_jid
+        raise UnknownChatError(task.chat_jid or task.group_folder)
 
     async def write_tasks(self, tasks: Mapping[str, ScheduledTask | None]) -> None:
         """Keep tasks in the store, by id; None removes one."""
@@ -319,12 +333,6 @@ class Dispatcher:
         lane = self._queue.lane(chat_jid, group.folder.casefold())
         lane.add(self._orphans.pop(chat_jid, ()))
         return lane
-
-    def _chat_of(self, folder: str) -> str:
-        for chat_jid, group in self.groups.items():
-            if group.folder.casefold() == folder.casefold():
-                return chat_jid
-        raise UnknownChatError(folder)
 
     def _new_id(self) -> int:
         self._next_id += 1

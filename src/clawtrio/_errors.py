@@ -190,3 +190,33 @@ class StoreBusyError(ClawtrioError):
 
     def __str__(self) -> str:
         return f"{self.store} is in use by another dispatcher"
+
+
+@attrs.define
+class ScheduleError(ClawtrioError):
+    """A task cannot be scheduled like that; nothing has changed.
+
+    Attributes:
+        value: What it was that makes no sense.
+        problem: Why not.
+    """
+
+    value: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.value!r}: {self.problem}"
+
+
+@attrs.define
+class UnknownTaskError(ClawtrioError):
+    """There is no such task.
+
+    Attributes:
+        task_id: The id that no task has.
+    """
+
+    task_id: str
+
+    def __str__(self) -> str:
+        return f"there is no task {self.task_id!r}"
