@@ -69,6 +69,7 @@ def test_an_empty_root_gets_all_that_is_needed(root: Path) -> None:
     assert names_in(root) == ["data", "groups"]
     assert names_in(root / "data") == [
         "engines",
+        "errors",
         "ipc",
         "locks",
         "logs",

@@ -28,6 +28,7 @@ See :func:`open_engine`.
 #   _runlog                       what is kept of a run
 #   _teardown, _sweep             the stop ladder, the janitor; what the dead left
 #   _run                          the nursery that joins all these
+#   _mailbox                      files that agents write -> requests
 #   _upkeep, _engine              disk space and trash; what runs share
 #   _store                        what must outlive a dispatcher
 #   _queue                        who runs next (sans-I/O)
@@ -60,6 +61,18 @@ from ._errors import (
     UnknownChatError as UnknownChatError,
     UnknownTaskError as UnknownTaskError,
     UnsafePathError as UnsafePathError,
+)
+from ._mailbox import (
+    CancelTask as CancelTask,
+    PauseTask as PauseTask,
+    RefreshGroups as RefreshGroups,
+    RegisterGroup as RegisterGroup,
+    Request as Request,
+    Requests as Requests,
+    ResumeTask as ResumeTask,
+    ScheduleTask as ScheduleTask,
+    SendMessage as SendMessage,
+    UpdateTask as UpdateTask,
 )
 from ._markers import MarkerParser as MarkerParser
 from ._models import (

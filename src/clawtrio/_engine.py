@@ -34,6 +34,7 @@ from ._errors import NotStartedError, RuntimeUnavailableError
 from ._flavours import FLAVOURS
 from ._groups import Places, open_places
 from ._hostfs import Directory
+from ._mailbox import Requests
 from ._models import AgentOutput, AvailableGroup, Group, RunResult, ScheduledTask
 from ._outfit import Outfitter
 from ._process import in_thread
@@ -110,6 +111,7 @@ class Engine:
         self._nursery = nursery
         self._runs: AsyncValue[tuple[Run, ...]] = AsyncValue(())
         self._closing = False
+        self._chats: dict[str, Group] = {}
         self._janitor = Janitor(runtime, labels[LABEL_ENGINE], settings.command_timeout)
         nursery.start_soon(self._janitor.work)
         nursery.start_soon(watch_space, places, self._runs)
@@ -150,6 +152,7 @@ class Engine:
             UnsafePathError: If a place on the host cannot be trusted.
             RuntimeError: If the engine is closed.
         """
+        self._chats[chat_jid] = group
         container_input = ContainerInput(
             prompt=prompt,
             session_id=session_id,
@@ -279,6 +282,24 @@ class Engine:
         # Here and at once: a thread might outlive the directories that we hold.
         with self._places.open_ipc(group) as ipc:
             ipc.write(name, data, trash=self._places.trash, owner=self._places.owner)
+
+    @asynccontextmanager
+    async def open_requests(
+        self, groups: Mapping[str, Group] | None = None
+    ) -> AsyncIterator[Requests]:
+        """Iterate over what agents ask for, and ``async with request:`` each.
+
+        Args:
+            groups: Which chat has which group; it may change. Mailboxes of others are
+                left alone. By default those that had runs of this engine.
+        """
+        chats = self._chats if groups is None else groups
+        requests = Requests(self._places, chats, self._offload)
+        try:
+            await trio.lowlevel.checkpoint()
+            yield requests
+        finally:
+            requests.close()
 
     async def plan(self, group: Group) -> list[str]:
         """Return the command line that would start a container of *group*.

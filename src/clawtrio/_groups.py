@@ -9,6 +9,7 @@
     data/logs/<folder>          run logs, never mounted
     data/sockets/<run>          where the run's container reaches the proxy
     data/locks, data/engines    locks, never mounted
+    data/errors                 malformed requests, never mounted
     data/trash                  what waits to be deleted, never mounted
 
 No agent can write where the groups' folders and mailboxes are: what stands there in
@@ -50,6 +51,7 @@ class Places:
         engines: Where engines have their files.
         sockets: Where each run has a directory for its socket, named
             ``<engine id>-<run id>``.
+        errors: Where requests go that make no sense.
         root_id: Random, kept in the data directory: which root a container is of.
     """
 
@@ -66,6 +68,7 @@ class Places:
         self._ipc = enter(self._data.subdirectory("ipc"))
         self._sessions = enter(self._data.subdirectory("sessions"))
         self.trash = enter(self._data.subdirectory("trash", mode=0o700))
+        self.errors = enter(self._data.subdirectory("errors", mode=0o700))
         self.root_id = self._read_root_id()
 
     def _read_root_id(self) -> str:

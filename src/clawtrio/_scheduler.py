@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import secrets
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -18,6 +19,14 @@ from cronsim import CronSim, CronSimError
 from ._dispatcher import Dispatcher
 from ._engine import open_bare_nursery
 from ._errors import ScheduleError, UnknownChatError, UnknownTaskError, UnsafePathError
+from ._mailbox import (
+    CancelTask,
+    PauseTask,
+    Request,
+    ResumeTask,
+    ScheduleTask,
+    UpdateTask,
+)
 from ._models import Group, ScheduledTask
 
 log = logging.getLogger(__name__)
@@ -163,6 +172,55 @@ class Scheduler:
             status = "active" if task.status == "completed" else task.status
             changed = self._planned(attrs.evolve(changed, status=status))
         await self._write({task_id: changed})
+
+    async def apply(self, request: Request) -> bool:
+        """Do what an agent asks about tasks; False if it asks for something else.
+
+        What it has no right to, or makes no sense, is refused, and logged.
+        """
+        try:
+            if isinstance(request, ScheduleTask):
+                await self.schedule(
+                    ScheduledTask(
+                        request.task_id or f"task-{secrets.token_hex(8)}",
+                        "",
+                        request.prompt,
+                        request.schedule_type,
+                        request.schedule_value,
+                        chat_jid=request.target_jid,
+                        context_mode=request.context_mode,
+                    )
+                )
+            elif isinstance(request, UpdateTask):
+                await self.update(
+                    self._allowed(request),
+                    prompt=request.prompt,
+                    schedule_type=request.schedule_type,
+                    schedule_value=request.schedule_value,
+                )
+            elif isinstance(request, PauseTask):
+                await self.pause(self._allowed(request))
+            elif isinstance(request, ResumeTask):
+                await self.resume(self._allowed(request))
+            elif isinstance(request, CancelTask):
+                await self.cancel(self._allowed(request))
+            else:
+                return False
+        except (ScheduleError, UnknownChatError, UnknownTaskError) as exc:
+            kind = type(exc).__name__
+            log.warning("refused %s a request: %s", request.group.folder, kind)
+        return True
+
+    def _allowed(
+        self, request: UpdateTask | PauseTask | ResumeTask | CancelTask
+    ) -> str:
+        """Return the id of the task, if the agent may do something about it."""
+        task = self.find(request.task_id)
+        own = task.group_folder.casefold() == request.group.folder.casefold()
+        if not (own or request.group.is_main):
+            # As if there was none: other groups' tasks are none of its business.
+            raise UnknownTaskError(task.id)
+        return task.id
 
     def find(self, task_id: str) -> ScheduledTask:
         """Return a task.
