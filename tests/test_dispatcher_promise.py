@@ -222,6 +222,8 @@ class World:
     async def settle(self) -> None:
         """Let time go by until everything has ended."""
         self.clock.autojump_threshold = 0
+        # First, what is being submitted gets to the store.
+        await trio.sleep(10)
         with trio.move_on_after(100_000):
             while self.store.contents.messages:  # noqa: ASYNC110 - a step of the test
                 await trio.sleep(10)
