@@ -494,10 +494,18 @@ async def open_engine(
         has_network = settings.network == "open"
         # A network whose making is cancelled may appear later: that is for a sweep.
         clean = not has_network
+
+        async def make_network() -> None:
+            nonlocal clean
+            try:
+                await runtime.open_network(labels)
+            except RuntimeUnavailableError:
+                clean = True
+                raise
+
         try:
             if has_network:
-                make = partial(runtime.open_network, labels)
-                await ask_within(settings.command_timeout, runtime, make)
+                await ask_within(settings.command_timeout, runtime, make_network)
             async with (
                 open_proxy(credentials, paths=settings.proxy_paths) as proxy,
                 open_bare_nursery() as nursery,
