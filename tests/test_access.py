@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -11,12 +13,30 @@ from typing import Any
 
 import pytest
 import trio
+from trio.testing import MockClock
 
 import clawtrio
-from clawtrio import CredentialsError, Ending, Engine, Group, NotStartedError
+from clawtrio import (
+    CredentialsError,
+    Ending,
+    Engine,
+    Group,
+    NotStartedError,
+    RuntimeUnavailableError,
+)
 from clawtrio.testing import AgentPipes, FakeRuntime, framed
 
-from .helpers import GROUP, JID, engine_on, open_descriptors
+from .helpers import (
+    GROUP,
+    JID,
+    OwnContainer,
+    OwnRuntime,
+    engine_on,
+    hang,
+    nothing,
+    open_descriptors,
+    raising,
+)
 
 SECRET = "sk-ant-the-real-one"
 ANSWER = framed(b'{"status":"success","result":"hi"}')
@@ -232,6 +252,131 @@ async def test_a_root_with_a_long_name(tmp_path: Path) -> None:
         result = await engine.run(GROUP, "hi", chat_jid=JID)
 
     assert result.status == "success"
+
+
+async def by_url(container: OwnContainer) -> None:
+    """Ask at the URL that the container was told, as an image of somebody's does."""
+    told = container.spec.environment
+    host, port = told["ANTHROPIC_BASE_URL"].removeprefix("http://").split(":")
+    if not await container.agent_stdin.receive_some(1):
+        return
+    async with await trio.open_tcp_stream(host, int(port)) as stream:
+        await stream.send_all(request_with(told["ANTHROPIC_API_KEY"]))
+        status = (await stream.receive_some()).split()[1].decode()
+    result = json.dumps({"status": "success", "result": f"{status} {host}:{port}"})
+    await container.agent_stdout.send_all(framed(result.encode()))
+    container.exit(0)
+
+
+@pytest.mark.parametrize("network", ["proxy", "open"])
+@pytest.mark.parametrize("gateway", [True, False])
+@pytest.mark.parametrize("root", [True, False])
+async def test_an_image_that_knows_only_a_url(
+    tmp_path: Path,
+    network: str,
+    *,
+    gateway: bool,
+    root: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its port is inside; an ordinary user's may be on the host, in an open network."""
+    credential(tmp_path)
+    unavailable = RuntimeUnavailableError("own", "it has none", "Do without.")
+    runtime = OwnRuntime(by_url, gateway=nothing if gateway else raising(unavailable))
+
+    async with engine_on(tmp_path, runtime, agent="claude", network=network) as engine:
+        assert len(runtime.networks) == (network == "open")
+        monkeypatch.setattr(os, "geteuid", lambda: 0 if root else 1000)
+        result = await engine.run(GROUP, "hi", chat_jid=JID)
+        monkeypatch.undo()
+
+    assert runtime.networks == []
+    assert result.result is not None, result
+    status, _, url = result.result.partition(" ")
+    # The API is not there.
+    assert status == "502"
+    outside = network == "open" and gateway and not root
+    assert (url != "127.0.0.1:3001") is outside
+
+
+async def test_a_port_that_cannot_be_opened(tmp_path: Path) -> None:
+    """The agent gets no prompt, and the result says what to do."""
+    credential(tmp_path)
+    unavailable = RuntimeUnavailableError("own", "it cannot be joined", "Be root.")
+    runtime = OwnRuntime(by_url, listen=raising(unavailable))
+
+    async with engine_on(tmp_path, runtime, agent="claude") as engine:
+        result = await engine.run(GROUP, "hi", chat_jid=JID)
+
+    assert result.ending is Ending.NOT_STARTED
+    assert result.error == "own: it cannot be joined. Be root."
+
+
+async def test_a_socket_that_cannot_be_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run does not start, and nothing is left of the attempt."""
+    credential(tmp_path)
+    before = open_descriptors()
+
+    async with opened(tmp_path) as (engine, runtime):
+
+        def refuse(*_: object) -> None:
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(socket.socket, "bind", refuse)
+        with pytest.raises(NotStartedError, match="Permission denied"):
+            await engine.run(GROUP, "hi", chat_jid=JID)
+
+    assert runtime.specs == []
+    assert list((tmp_path / "data" / "sockets").iterdir()) == []
+    assert open_descriptors() == before
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "127.0.0.2", "::1"])
+async def test_an_address_that_the_operator_chose(tmp_path: Path, host: str) -> None:
+    """This machine's loopback goes by a name in there; any other is told as it is."""
+    credential(tmp_path)
+    urls: list[str] = []
+
+    async def agent(pipes: AgentPipes) -> int:
+        urls.append(pipes.spec.environment["ANTHROPIC_BASE_URL"])
+        assert "CLAWTRIO_PROXY" not in pipes.spec.environment
+        return await answering(pipes)
+
+    async with opened(tmp_path, agent, network="open", proxy_host=host) as (engine, _):
+        await engine.run(GROUP, "hi", chat_jid=JID)
+
+    assert urls[0].startswith("http://host.docker.internal:")
+
+
+async def test_a_network_that_stays_is_left_for_a_sweep(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A warning, and the engine's file says that there is something."""
+    busy = RuntimeUnavailableError("own", "it is in use", "Wait.")
+    runtime = OwnRuntime(by_url, close_network=raising(busy))
+
+    async with engine_on(tmp_path, runtime, agent="echo", network="open"):
+        pass
+
+    assert "cannot remove the network of the engine: own: it is in use" in caplog.text
+    assert len(list((tmp_path / "data" / "engines").iterdir())) == 1
+
+
+@pytest.mark.parametrize("hangs", [True, False])
+async def test_a_network_that_cannot_be_had(
+    tmp_path: Path, autojump_clock: MockClock, *, hangs: bool
+) -> None:
+    """There is no engine then; what may appear later yet is for a sweep."""
+    no = RuntimeUnavailableError("own", "there is none", "Do without.")
+    runtime = OwnRuntime(by_url, open_network=hang if hangs else raising(no))
+
+    with pytest.raises(RuntimeUnavailableError):
+        async with engine_on(tmp_path, runtime, agent="echo", network="open"):
+            pass
+
+    assert len(list((tmp_path / "data" / "engines").iterdir())) == hangs
 
 
 async def test_a_plan_shows_the_socket_and_leaves_none(

@@ -319,7 +319,11 @@ async def test_a_group_may_have_many_chats_and_lose_its_files(
     """Its mailbox is read once, and what is gone again by then is nothing."""
     put(tmp_path, "other", MESSAGE)
     names = Directory.names
-    monkeypatch.setattr(Directory, "names", lambda box: ["gone.json", *names(box)])
+
+    def more(box: Directory, limit: int | None = 1000) -> list[str]:
+        return ["gone.json", *names(box, limit)]
+
+    monkeypatch.setattr(Directory, "names", more)
     async with requests_of(tmp_path, {**GROUPS, "p": OTHER}) as requests:
         assert len(await all_of(requests)) == 1
 

@@ -38,6 +38,7 @@ class Shelf:
         self.containers: dict[str, dict[str, str]] = {}
         self.stuck: set[str] = set()
         self.slowness = 0.0
+        self.networks: list[str] = []
 
     def put(self, container_id: str, **labels: str) -> None:
         """Have a container, labelled clawtrio.<name>."""
@@ -51,8 +52,11 @@ class Shelf:
     async def open_network(self, labels: Mapping[str, str]) -> None:
         raise NotImplementedError(labels)
 
-    async def close_network(self, labels: Mapping[str, str]) -> None:  # noqa: ARG002
+    async def close_network(self, labels: Mapping[str, str]) -> None:
         await trio.lowlevel.checkpoint()
+        if "network" in self.stuck:
+            raise RuntimeUnavailableError(self.name, "it is in use", "Leave.")
+        self.networks.append(labels["clawtrio.engine"])
 
     async def gateway(self, labels: Mapping[str, str]) -> tuple[str, str]:
         raise NotImplementedError(labels)
@@ -233,6 +237,40 @@ async def test_what_cannot_be_removed_is_tried_again(places: Places) -> None:
 
     assert len(await sweep(places, runtime)) == 1
     assert places.engines.names() == []
+
+
+async def test_a_dead_engine_s_network_is_removed(places: Places) -> None:
+    """A live one's is not; where it cannot be removed, a later sweep tries again."""
+    runtime = Shelf()
+    dead = dead_engine(places)
+    alive = EngineFile(places.engines, "docker")
+    pass_time(places, 15)
+    runtime.stuck = {"network"}
+    for _ in range(2):
+        with pytest.raises(RuntimeUnavailableError, match="in use"):
+            await sweep(places, runtime)
+        pass_time(places, 15)
+    runtime.stuck = set()
+
+    await sweep(places, runtime)
+
+    assert runtime.networks == [dead]
+    assert places.engines.names() == [alive.engine_id]
+    alive.release(clean=True)
+
+
+async def test_a_dead_engine_s_sockets_are_thrown_away(places: Places) -> None:
+    """Nobody listens there any more; a live engine's stay."""
+    dead = dead_engine(places)
+    alive = EngineFile(places.engines, "docker")
+    for name in (f"{dead}-1", f"{dead}-2", f"{alive.engine_id}-3"):
+        places.sockets.subdirectory(name).close()
+
+    await sweep(places, Shelf())
+
+    assert places.sockets.names() == [f"{alive.engine_id}-3"]
+    assert len(places.trash.names()) == 2
+    alive.release(clean=True)
 
 
 @pytest.mark.parametrize(("slowness", "method"), [(16.0, "find"), (14.0, None)])

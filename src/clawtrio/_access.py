@@ -112,11 +112,14 @@ def open_host(access: Access, host: str) -> Access:
     Raises:
         OSError: If it cannot be listened on.
     """
-    opened = socket.create_server((host, 0), backlog=_BACKLOG)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    opened = socket.create_server((host, 0), family=family, backlog=_BACKLOG)
     address, port = opened.getsockname()[:2]
     listener = trio.SocketListener(trio.socket.from_stdlib_socket(opened))
     ours = ipaddress.ip_address(address)
-    name = _OUTSIDE if ours.is_loopback or ours.is_unspecified else host
+    name = f"[{host}]" if family == socket.AF_INET6 else host
+    if ours.is_loopback or ours.is_unspecified:
+        name = _OUTSIDE
     return _reached_at(access, f"http://{name}:{port}", listener)
 
 
