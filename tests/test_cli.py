@@ -20,13 +20,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import pytest
 import trio
 
 from clawtrio import _cli, _cli_care, _cli_demo, _cli_doctor, _cli_terminal, _engine
 from clawtrio._cli import execute
+from clawtrio._cli_doctor import doctor
 from clawtrio._groups import Places, open_places
 from clawtrio._runtimes import (
     LABEL_ENGINE,
@@ -36,6 +37,8 @@ from clawtrio._runtimes import (
 )
 from clawtrio._settings import GIB, Settings
 from clawtrio.testing import FakeAgent, FakeRuntime, framed, scripted_agent
+
+from .upstream import SECRET, Call, Handler, open_api, silent
 
 COMMANDS: Final = (
     *("run", "chat", "demo", "doctor", "ps", "sweep", "logs", "reset", "proxy"),
@@ -86,7 +89,9 @@ def signals_are_heard() -> Iterator[None]:
 def nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have no settings but those of the test, and the agent that works offline."""
     for name in os.environ:
-        if name.startswith("CLAWTRIO_") or name in ("NO_COLOR", "FORCE_COLOR"):
+        if name.startswith(("CLAWTRIO_", "ANTHROPIC_", "CLAUDE_CODE_OAUTH_")) or (
+            name in ("NO_COLOR", "FORCE_COLOR")
+        ):
             monkeypatch.delenv(name)
     monkeypatch.setenv("CLAWTRIO_AGENT", "echo")
 
@@ -1342,6 +1347,104 @@ def test_doctor_on_bad_ground(
     (root / "groups").write_text("")
     assert execute(["doctor"]) == 1
     assert "/groups': File exists" in capfd.readouterr().out
+
+
+def judging(status: int) -> Handler:
+    """Be an API that has one answer for everybody."""
+
+    async def judge(call: Call) -> None:
+        await call.read()
+        await call.reply(b"{}", status)
+
+    return judge
+
+
+@pytest.mark.parametrize(
+    ("status", "agent", "code", "row"),
+    [
+        (400, "claude", 0, r"ok +credential +alive: "),
+        (401, "claude", 1, r"BROKEN +credential +dead: "),
+        (401, "echo", 0, r"! +credential +dead: "),
+    ],
+)
+async def test_doctor_asks_the_api(
+    root: Path,
+    fake: Callable[[FakeAgent], FakeRuntime],
+    capfd: pytest.CaptureFixture[str],
+    *,
+    status: int,
+    agent: Literal["claude", "echo"],
+    code: int,
+    row: str,
+) -> None:
+    """Whether the API takes the credential is one line, and never the credential."""
+    fake(scripted_agent())
+    async with open_api(judging(status)) as api:
+        where = f"http://127.0.0.1:{api.port}"
+        (root / ".env").write_text(
+            f"CLAUDE_CODE_OAUTH_TOKEN={SECRET}\nANTHROPIC_BASE_URL={where}\n"
+        )
+        with trio.fail_after(PATIENCE):
+            assert await doctor(Settings(root=str(root), agent=agent)) == code
+        assert len(api.calls) == 1
+
+    out = capfd.readouterr().out
+    said = f"{where} answers {status} to CLAUDE_CODE_OAUTH_TOKEN"
+    assert re.search(f"\n{row}{said}", out)
+    assert ("-> Renew CLAUDE_CODE_OAUTH_TOKEN: in .env" in out) == (status == 401)
+    assert SECRET not in out
+
+
+async def test_doctor_does_not_wait_for_the_api(
+    root: Path,
+    fake: Callable[[FakeAgent], FakeRuntime],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Where nobody answers, or listens, that is said within seconds: no verdict."""
+    fake(scripted_agent())
+
+    async def look(port: int) -> None:
+        where = f"http://127.0.0.1:{port}"
+        (root / ".env").write_text(
+            f"ANTHROPIC_API_KEY={SECRET}\nANTHROPIC_BASE_URL={where}"
+        )
+        with trio.fail_after(15):
+            assert await doctor(Settings(root=str(root), agent="claude")) == 0
+        out = capfd.readouterr().out
+        assert re.search(rf"\n! +credential +unreachable: {where}", out)
+        assert SECRET not in out
+
+    async with open_api(silent) as api:
+        await look(api.port)
+    await look(api.port)
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_needed"),
+    [
+        ({"agent": "claude"}, True),
+        ({"agent": "echo"}, False),
+        ({"agent": "claude", "agent_command": ("true",)}, False),
+    ],
+)
+async def test_doctor_misses_a_credential(
+    root: Path,
+    fake: Callable[[FakeAgent], FakeRuntime],
+    capfd: pytest.CaptureFixture[str],
+    changes: dict[str, Any],
+    *,
+    is_needed: bool,
+) -> None:
+    """Without one, our own agent can do nothing; another one may not need it."""
+    fake(scripted_agent())
+
+    code = await doctor(Settings(root=str(root), **changes))
+
+    out = capfd.readouterr().out
+    mark = "BROKEN" if is_needed else "-"
+    assert re.search(rf"\n{mark} +credential +no credential in {root}/\.env nor", out)
+    assert ("-> Set one of ANTHROPIC_API_KEY, " in out) == is_needed
+    assert code == int(is_needed)
 
 
 # ---------------------------------------------------------------- ps, sweep

@@ -16,11 +16,13 @@ from rich.text import Text
 
 from ._cli_care import RUNTIMES, RuntimeName, is_installed, runtime_named
 from ._cli_terminal import show, write
+from ._credentials import CredentialFile
 from ._docker import DockerRuntime
 from ._engine import choose_runtime
-from ._errors import ClawtrioError, RuntimeUnavailableError
+from ._errors import ClawtrioError, CredentialsError, RuntimeUnavailableError
 from ._groups import Places, open_places
 from ._mounts import container_directory
+from ._proxy_upstream import check_credential
 from ._runtimes import ContainerSpec, Runtime, ask_within
 from ._settings import MIB, Settings
 from ._text import printable
@@ -63,6 +65,7 @@ async def doctor(settings: Settings) -> int:
     chosen = choose_runtime(settings).name
     for name in RUNTIMES:
         findings += await _look_at_runtime(settings, name)
+    findings.append(await _look_at_credential(settings))
     findings.append(_look_at_limits(settings))
     rows: list[tuple[str | Text, ...]] = []
     for finding in findings:
@@ -179,6 +182,26 @@ def _look_at_memory(runtime: Runtime, *, is_chosen: bool) -> Finding:
         "limited per process only: there is no systemd to ask for a cgroup",
         "Run where systemd runs, or choose docker or podman for agents you don't trust",
     )
+
+
+async def _look_at_credential(settings: Settings) -> Finding:
+    """Ask the API itself: the Claude CLI would ask for minutes before it says so."""
+    is_needed = settings.agent == "claude" and settings.agent_command is None
+    try:
+        credential = CredentialFile(settings.root).require()
+    except CredentialsError as exc:
+        if is_needed:
+            return Finding("broken", "credential", exc.problem, exc.remedy)
+        return Finding("info", "credential", f"{exc.problem}: the proxy has none")
+    found = await check_credential(credential)
+    if found.state == "alive":
+        return Finding("ok", "credential", f"alive: {found.detail}")
+    if found.state == "dead":
+        remedy = f"Renew {credential.variable}: in .env, nothing has to start anew"
+        state: State = "broken" if is_needed else "warning"
+        return Finding(state, "credential", f"dead: {found.detail}", remedy)
+    remedy = "Look at the network, ANTHROPIC_BASE_URL and SSL_CERT_FILE"
+    return Finding("warning", "credential", f"unreachable: {found.detail}", remedy)
 
 
 def _look_at_limits(settings: Settings) -> Finding:
