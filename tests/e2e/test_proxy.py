@@ -296,10 +296,11 @@ async def test_no_credential_in_any_place(
     async with opened(site, **changes) as (_, engine):
         main_group = group("main", is_main=True)
         async with engine.open_run(main_group, "TOKEN", chat_jid="tg:1") as run:
-            await heard(run)
+            token = await heard(run)
             assert await tell(run, "ask(x_api_key=TOKEN)") == [200, "message"]
             found = await tell(run, f"search{tuple(words)}")
             outside = seen_outside(site, run)
+            shown = [word for process in processes() for word in process.argv]
             # The log of a failure says more.
             await run.send("os._exit(3)")
             result = await run.wait()
@@ -312,6 +313,8 @@ async def test_no_credential_in_any_place(
     in_processes = {Path(path).name for _, path in found} - {"note"}
     assert in_processes == {"environ", "cmdline"}
     assert outside.count(canary) >= 2
+    # Nor has a command line the run's own token, which is good while it lives.
+    assert not [word for word in shown if token in word]
     assert result.ending is Ending.FAILED
     logged = result.log_path.read_text()
     assert canary in logged
