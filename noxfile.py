@@ -19,7 +19,7 @@ PYTHONS = nox.project.python_versions(PROJECT)
 OLDEST = PYTHONS[0]
 
 # One Python with real containers is enough: they are slow, and run another one.
-WITHOUT_RUNTIMES = ("-m", "not docker and not podman and not bwrap")
+WITHOUT_RUNTIMES = ("-m", "not docker and not podman and not bwrap and not claude")
 
 CODE = ("src", "tests", "benchmarks", "container", "docs", "noxfile.py")
 
