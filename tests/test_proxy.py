@@ -484,6 +484,28 @@ async def switching(call: Call) -> None:
     await call.raw(b"HTTP/1.1 101 Switching Protocols\r\n\r\n")
 
 
+async def test_a_bug_costs_a_connection_and_no_more(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever goes wrong with one of them is told, and the next one is served."""
+
+    def fail(_: Wallet) -> None:
+        raise ZeroDivisionError
+
+    async with open_world(is_sound=False) as world:
+        with monkeypatch.context() as patch:
+            patch.setattr(Wallet, "current", fail)
+            client = await world.connect()
+            async with client.stream:
+                await client.send(world.head())
+                assert await client.stream.receive_some() == b""
+        answer = await world.ask()
+
+    assert answer.status == 200
+    assert "a connection to the credential proxy failed" in caplog.text
+    assert "ZeroDivisionError" in caplog.text
+
+
 @pytest.mark.parametrize("handler", [leaving, talking_nonsense, switching])
 async def test_no_answer_is_502(
     handler: Callable[[Call], Awaitable[None]], caplog: pytest.LogCaptureFixture

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import socket
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Final, TypeAlias
 
@@ -356,6 +357,25 @@ class World:
         return bytes(got)
 
 
+@contextmanager
+def no_bugs() -> Iterator[None]:
+    """Make sure that the proxy logs no error of its own."""
+    errors: list[object] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            errors.append(record.exc_info)
+
+    handler = Keep(logging.ERROR)
+    logger = logging.getLogger("clawtrio._proxy")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+    assert errors == []
+
+
 @asynccontextmanager
 async def open_world(
     handler: Handler = answering,
@@ -365,12 +385,14 @@ async def open_world(
     paths: Sequence[str] | None = None,
     limits: ProxyLimits | None = None,
     own_listener: bool = False,
+    is_sound: bool = True,
     max_requests: int | None = None,
     max_output_tokens: int | None = None,
 ) -> AsyncIterator[World]:
     """Have an API, a proxy before it, and a run's ticket for it.
 
-    With *own_listener*, the run has a listener of its own.
+    With *own_listener*, the run has a listener of its own. That a connection failed by
+    a bug of the proxy, which it survives, is an error here, if *is_sound*.
     """
     async with open_api(handler) as api:
         wallet = Wallet(credential_for(api.port, scheme, path=path))
@@ -387,7 +409,8 @@ async def open_world(
             ) as ticket:
                 only = ticket if own_listener else None
                 await nursery.start(partial(proxy.serve, listener, ticket=only))
-                yield World(api, proxy, ticket, is_bound(listener), wallet)
+                with no_bugs() if is_sound else nullcontext():
+                    yield World(api, proxy, ticket, is_bound(listener), wallet)
             nursery.cancel_scope.cancel()
 
 

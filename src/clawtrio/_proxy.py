@@ -79,6 +79,10 @@ class Proxy:
             self._connections += 1
             try:
                 await ClientConnection(stream, self._service, ticket).run()
+            except Exception:
+                # What a client or the API can bring about here ends its connection, and
+                # not the bot. It is a bug of ours all the same.
+                log.exception("a connection to the credential proxy failed")
             finally:
                 self._connections -= 1
 
