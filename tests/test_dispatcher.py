@@ -25,6 +25,7 @@ from clawtrio import (
     Group,
     MemoryStore,
     RunResult,
+    RuntimeUnavailableError,
     ScheduledTask,
     Store,
     StoreBusyError,
@@ -33,7 +34,15 @@ from clawtrio import (
 )
 from clawtrio.testing import AgentPipes, FakeAgent, FakeRuntime
 
-from .helpers import FOREVER, OwnContainer, OwnRuntime, Reader, engine_on, frame
+from .helpers import (
+    FOREVER,
+    OwnContainer,
+    OwnRuntime,
+    Reader,
+    engine_on,
+    frame,
+    raising,
+)
 
 GROUPS: Final = {name: Group(name.upper(), name) for name in "abc"}
 #: When a message is tried: after 5, 10, 20, 40 and 80 seconds more.
@@ -626,6 +635,34 @@ async def test_a_run_can_be_stopped_while_it_starts(
         await bot.wait_for(1)
 
     assert [(time, messages) for time, _, messages, _ in bot.failed] == [(3, ("1",))]
+
+
+@pytest.mark.parametrize("lacks", ["credential", "runtime"])
+async def test_what_a_run_lacks_fails_the_message_and_not_the_bot(
+    tmp_path: Path,
+    autojump_clock: MockClock,
+    monkeypatch: pytest.MonkeyPatch,
+    lacks: str,
+) -> None:
+    """It is tried again, since it may come; then on_failure says what it is."""
+    monkeypatch.delenv("ANTHROPIC_API_KEY", raising=False)
+    bot = Bot()
+    broken = RuntimeUnavailableError("own", "it is down", "Start it.")
+    runtime = OwnRuntime(quiet, start=raising(broken))
+    agent = "claude" if lacks == "credential" else "echo"
+    async with (
+        engine_on(tmp_path, runtime, agent=agent) as engine,
+        dispatcher_on(engine, bot) as dispatcher,
+    ):
+        await dispatcher.submit("a", "1")
+        await bot.wait_for(1)
+        await dispatcher.submit("b", "2")
+        await bot.wait_for(2)
+
+    assert [messages for _, _, messages, _ in bot.failed] == [("1",), ("2",)]
+    errors = [result.error for _, _, _, result in bot.failed]
+    word = "ANTHROPIC_API_KEY" if lacks == "credential" else "it is down"
+    assert all(word in (error or "") for error in errors)
 
 
 # Tasks.

@@ -131,7 +131,9 @@ async def on_failure(chat, texts, result):
 async def main():
     clawtrio._dispatcher.RETRY_DELAY = 0.01
     groups = {f"c{n}": clawtrio.Group(f"C{n}", f"c{n}") for n in range(CHATS)}
-    settings = clawtrio.Settings(root=str(root), min_free_bytes=0, max_concurrent=4)
+    settings = clawtrio.Settings(
+        root=str(root), agent="echo", min_free_bytes=0, max_concurrent=4
+    )
     store = clawtrio.SqliteStore(root / "db")
     async with clawtrio.open_engine(settings, FakeRuntime(agent)) as engine:
         async with clawtrio.open_dispatcher(

@@ -32,10 +32,12 @@ import trio
 from ._codec import well_formed
 from ._engine import Engine, open_bare_nursery
 from ._errors import (
+    CredentialsError,
     FollowUpRefusedError,
     GroupBusyError,
     NotStartedError,
     RunClosedError,
+    RuntimeUnavailableError,
     UnknownChatError,
     UnsafePathError,
 )
@@ -53,8 +55,10 @@ OnFailure: TypeAlias = Callable[[str, tuple[str, ...], RunResult], Awaitable[obj
 MAX_RETRIES: Final = 5
 RETRY_DELAY: Final = 5.0
 _CANNOT_START: Final = (
+    CredentialsError,
     GroupBusyError,
     NotStartedError,
+    RuntimeUnavailableError,
     UnknownChatError,
     UnsafePathError,
 )
