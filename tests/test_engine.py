@@ -42,6 +42,7 @@ from clawtrio import (
 )
 from clawtrio._agent import agent_python
 from clawtrio._bwrap import BwrapRuntime
+from clawtrio._docker import DockerRuntime
 from clawtrio._engine import choose_runtime
 from clawtrio.testing import AgentPipes, FakeRuntime, framed, scripted_agent
 
@@ -1332,6 +1333,23 @@ def test_bwrap_runs_claude_on_its_own_python(
     runtime = choose_runtime(settings_for(tmp_path, runtime="bwrap", **changes))
     assert isinstance(runtime, BwrapRuntime)
     assert runtime._python == (agent_python() if own_python else sys.executable)
+
+
+@pytest.mark.parametrize(
+    ("changes", "agent"),
+    [
+        ({"agent": "claude"}, "claude"),
+        ({"agent": "echo"}, None),
+        ({"agent": "claude", "agent_command": ["own"]}, None),
+    ],
+)
+def test_an_image_must_have_claude(
+    changes: dict[str, Any], agent: str | None, tmp_path: Path
+) -> None:
+    """The image is looked at for Claude, and for nothing where that is not run."""
+    runtime = choose_runtime(settings_for(tmp_path, runtime="docker", **changes))
+    assert isinstance(runtime, DockerRuntime)
+    assert runtime._agent == agent
 
 
 @pytest.mark.parametrize(

@@ -274,6 +274,7 @@ async def test_real_build(runtime: str) -> None:
     await trio.run_process([runtime, "rmi", image], capture_stdout=True)
 
     assert b'"clawtrio.protocol":"1"' in done.stdout
+    assert b'"clawtrio.agent":"claude"' in done.stdout
     assert any("FROM" in line for line in lines)
 
 

@@ -45,6 +45,8 @@ log = logging.getLogger("clawtrio.docker")
 
 LABEL_PROTOCOL: Final = "clawtrio.protocol"
 PROTOCOL: Final = "1"
+#: Which agent is in an image of ours, besides what needs nothing.
+LABEL_AGENT: Final = "clawtrio.agent"
 
 #: Enough for an agent's tools, below what hosts allow: raising a hard limit fails.
 _OPEN_FILES: Final = 16384
@@ -88,13 +90,17 @@ class DockerRuntime:
     Args:
         flavour: Whose.
         image: What containers are made of.
+        agent: The agent that must be in it, if it is ours; by its label.
     """
 
     in_process: Final = False
 
-    def __init__(self, flavour: Flavour, *, image: str) -> None:
+    def __init__(
+        self, flavour: Flavour, *, image: str, agent: str | None = None
+    ) -> None:
         self._flavour = flavour
         self._image = image
+        self._agent = agent
         # Until check() knows better: our own image is held more strictly.
         self._engine = EngineInfo()
         self.takes_runner = True
@@ -123,13 +129,17 @@ class DockerRuntime:
                 raise self._flavour.unavailable(answer.message)
             raise self._flavour.unavailable(f"there is no image {self._image!r}", build)
         try:
-            protocol = (json.loads(answer.stdout) or {}).get(LABEL_PROTOCOL)
+            labels = json.loads(answer.stdout) or {}
+            protocol, agent = labels.get(LABEL_PROTOCOL), labels.get(LABEL_AGENT)
         except (ValueError, AttributeError) as exc:
             raise self._not_understood("image inspect") from exc
         if protocol not in (None, PROTOCOL):
             problem = (
                 f"image {self._image!r} has protocol {protocol!r}, not {PROTOCOL!r}"
             )
+            raise self._flavour.unavailable(problem, build)
+        if protocol is not None and self._agent not in (None, agent):
+            problem = f"image {self._image!r} is without the agent {self._agent!r}"
             raise self._flavour.unavailable(problem, build)
         if not engine.limits:
             log.warning(

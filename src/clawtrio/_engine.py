@@ -70,10 +70,12 @@ def choose_runtime(settings: Settings) -> Runtime:
     name = settings.runtime
     if name == "auto":
         name = next((n for n in ("docker", "podman") if shutil.which(n)), "bwrap")
+    # What has a program of its own to be installed.
+    claude = settings.agent == "claude" and settings.agent_command is None
     if name == "bwrap":
-        claude = settings.agent == "claude" and settings.agent_command is None
         return BwrapRuntime(python=agent_python() if claude else None)
-    return DockerRuntime(FLAVOURS[name], image=settings.image)
+    agent = settings.agent if claude else None
+    return DockerRuntime(FLAVOURS[name], image=settings.image, agent=agent)
 
 
 class Engine:

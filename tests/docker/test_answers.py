@@ -314,6 +314,28 @@ async def test_image_is_not_right(
 
 
 @both
+@pytest.mark.parametrize("agent", ['"other"', "null"])
+async def test_image_without_the_agent(
+    fake: Fake, flavour: Flavour, agent: str
+) -> None:
+    """An image of ours without the agent is to be built anew; foreign ones are not."""
+    info = (0, json.dumps(INFO[flavour.name]), "")
+    runtime = DockerRuntime(flavour, image="agent:1", agent="claude")
+    labels = f'{{"clawtrio.protocol": "1", "clawtrio.agent": {agent}}}'
+    fake(flavour.name, info=info, image=(0, labels, ""))
+    with pytest.raises(RuntimeUnavailableError) as caught:
+        await runtime.check()
+    assert caught.value.problem == "image 'agent:1' is without the agent 'claude'"
+    assert caught.value.remedy.startswith("Build it: clawtrio image build")
+
+    # For another agent, it will do.
+    await DockerRuntime(flavour, image="agent:1").check()
+    for labels in ('{"clawtrio.protocol": "1", "clawtrio.agent": "claude"}', "null"):
+        fake(flavour.name, info=info, image=(0, labels, ""))
+        await runtime.check()
+
+
+@both
 async def test_find_parses(fake: Fake, flavour: Flavour) -> None:
     """Labels without a value are absent ones; what does not fit is left out."""
     lines = ['["id1","e","r","1","v"]', '["id2","","r","","v"]', '["id3","","s","",""]']
