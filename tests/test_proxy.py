@@ -566,6 +566,24 @@ async def test_a_stream_that_takes_too_long_is_broken_off() -> None:
         assert not answer.is_whole
 
 
+async def test_a_stream_that_falls_silent_is_broken_off() -> None:
+    """Events that cease are no answer; who thinks before it begins has more time."""
+
+    async def ceasing(call: Call) -> None:
+        await call.read()
+        await trio.sleep(0.6)
+        await call.head(200, SSE)
+        await call.send(b"data: 1\n\n")
+        await call.wait_gone()
+
+    limits = ProxyLimits(silence_timeout=PATIENCE, stream_timeout=0.3)
+    async with open_world(ceasing, limits=limits) as world:
+        answer = await world.ask()
+        assert (answer.status, answer.is_whole) == (200, False)
+        with trio.fail_after(PATIENCE):
+            await world.api.gone.wait()
+
+
 async def test_tls_is_verified(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -142,6 +142,10 @@ def _limit(default: Any) -> Any:
     return attrs.field(default=default, validator=_positive)
 
 
+#: A body of events, one after the other.
+EVENT_STREAM: Final = b"text/event-stream"
+
+
 @attrs.frozen(kw_only=True)
 class ProxyLimits:
     """How much the credential proxy takes, and how long it waits.
@@ -157,6 +161,7 @@ class ProxyLimits:
             nothing of a response, and the API nothing of a request.
         connect_timeout: Seconds for a connection to the API, TLS included.
         silence_timeout: Seconds that the API may be silent; it thinks for minutes.
+        stream_timeout: The same once it streams events: then it pings as it thinks.
         total_timeout: Seconds for a request and its response.
 
     Raises:
@@ -172,6 +177,7 @@ class ProxyLimits:
     stall_timeout: float = _limit(120.0)
     connect_timeout: float = _limit(15.0)
     silence_timeout: float = _limit(600.0)
+    stream_timeout: float = _limit(60.0)
     total_timeout: float = _limit(3600.0)
 
 
@@ -341,6 +347,12 @@ def response_headers(headers: Iterable[Header], credential: Credential) -> list[
         passed = [header for header in passed if header[0] != b"content-length"]
     secret = credential.secret.encode("ascii")
     return [header for header in passed if secret not in header[1]]
+
+
+def media_type(headers: Iterable[Header]) -> bytes:
+    """Return what kind of body comes with these headers, in lower case."""
+    named = {name.lower(): value for name, value in headers}
+    return named.get(b"content-type", b"").partition(b";")[0].strip().lower()
 
 
 def _end_to_end(headers: Sequence[Header]) -> list[Header]:

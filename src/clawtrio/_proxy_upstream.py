@@ -14,8 +14,10 @@ import trio
 
 from ._credentials import Credential
 from ._proxy_rules import (
+    EVENT_STREAM,
     ProxyLimits,
     RefusedError,
+    media_type,
     upstream_headers,
     upstream_target,
 )
@@ -84,6 +86,7 @@ class Upstream:
             "read": limits.silence_timeout,
             "write": limits.stall_timeout,
         }
+        self._stream_timeout = limits.stream_timeout
         self._pool = httpcore2.AsyncConnectionPool(
             # The system's authorities, or those that SSL_CERT_FILE names.
             ssl_context=ssl.create_default_context(),
@@ -112,17 +115,22 @@ class Upstream:
             port=base.port,
             target=upstream_target(request, credential),
         )
+        timeouts = dict(self._timeouts)
         wanted = httpcore2.Request(
             request.method,
             url,
             headers=upstream_headers(list(request.headers), credential),
             content=body,
-            extensions={"timeout": self._timeouts},
+            extensions={"timeout": timeouts},
         )
         try:
-            return await self._pool.handle_async_request(wanted)
+            response = await self._pool.handle_async_request(wanted)
         except UPSTREAM_ERRORS as exc:
             raise upstream_failure(exc) from None
+        if media_type(response.headers) == EVENT_STREAM:
+            # The body is yet to be read, and by this.
+            timeouts["read"] = self._stream_timeout
+        return response
 
 
 def upstream_failure(exc: Exception) -> RefusedError:

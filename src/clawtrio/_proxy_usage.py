@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any, Final
 
-from ._proxy_rules import Header
+from ._proxy_rules import EVENT_STREAM, Header, media_type
 from ._settings import KIB, MIB
 
 TOKENS: Final = (
@@ -37,11 +37,11 @@ class Meter:
         totals: What to add to: a count for each of :data:`TOKENS`.
     """
 
-    def __init__(self, headers: Iterable[Header], totals: Counter[str]) -> None:
+    def __init__(self, headers: Sequence[Header], totals: Counter[str]) -> None:
         named = dict(headers)
-        kind = named.get(b"content-type", b"").partition(b";")[0].strip().lower()
+        kind = media_type(headers)
         plain = named.get(b"content-encoding", b"identity").lower() == b"identity"
-        self._is_stream = plain and kind == b"text/event-stream"
+        self._is_stream = plain and kind == EVENT_STREAM
         self._is_whole = plain and kind == b"application/json"
         self._totals = totals
         self._counted: Counter[str] = Counter()
