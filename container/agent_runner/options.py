@@ -42,8 +42,10 @@ ENVIRONMENT: Final = {
     "DISABLE_TELEMETRY": "1",
     # A dead key is known in 8 s; by default it takes three minutes.
     "CLAUDE_CODE_MAX_RETRIES": "4",
-    # Until the first byte of an answer, in milliseconds; by default ten minutes.
-    "API_TIMEOUT_MS": "120000",
+    # Until an answer begins, in milliseconds; by default ten minutes. A stream begins
+    # soon, so nothing but streams: a whole answer may take longer than that.
+    "API_TIMEOUT_MS": "60000",
+    "CLAUDE_CODE_DISABLE_NONSTREAMING_FALLBACK": "1",
     # It is a sandbox: Claude refuses to be free and root anywhere else.
     "IS_SANDBOX": "1",
 }

@@ -10,9 +10,12 @@ from typing import Any
 
 import attrs
 import pytest
+import trio
 
+from clawtrio import Settings
 from clawtrio._agent import agent_python
-from tests.anthropic_api import Api, Step, open_api
+from tests.anthropic_api import Api, Step, ToolUse, open_api
+from tests.e2e.conftest import RUNTIMES, Site, nothing_left
 from tests.test_agent_runner import INPUT, SOURCE, Agent, Frame, line, running
 
 # Runs the program elsewhere than in a container.
@@ -26,6 +29,15 @@ options.WORKSPACE = options.Workspace(Path({workspace!r}))
 sys.argv = [{source!r}, "claude"]
 runpy.run_path({source!r}, run_name="__main__")
 """
+
+# What no container may ever see.
+KEY = "sk-ant-the-real-key"
+
+# Seconds for anything here: far more than it takes; a hang is what fails.
+BOUND = 60
+
+# Claude knows better than to wait for a sleep.
+ENDLESS = ToolUse("Bash", {"command": "tail -f /dev/null"})
 
 Talking = Callable[..., AbstractAsyncContextManager["Talk"]]
 
@@ -116,3 +128,36 @@ def talking(tmp_path: Path, workspace: Path) -> Talking:
             yield Talk(agent, api)
 
     return talk
+
+
+@pytest.fixture(params=RUNTIMES)
+def runtime_name(request: pytest.FixtureRequest) -> str:
+    """Each runtime in turn."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture
+def site(runtime_name: str, tmp_path: Path) -> Iterator[Site]:
+    """A root for a runtime; afterwards nothing may be left of what ran for it."""
+    root = tmp_path / "root"
+    root.mkdir()
+    site = Site(runtime_name, root)
+    with nothing_left(site):
+        yield site
+
+
+@asynccontextmanager
+async def api_for(site: Site, *script: Step) -> AsyncIterator[Api]:
+    """Serve the API, and let the bot know of it as its operator would."""
+    async with open_api(*script) as api:
+        lines = f"ANTHROPIC_API_KEY={KEY}\nANTHROPIC_BASE_URL={api.url}\n"
+        await trio.Path(site.root, ".env").write_text(lines)
+        yield api
+
+
+def settings_for(site: Site, **changes: Any) -> Settings:
+    """Return settings for Claude, which tries again but once."""
+    env = {"CLAUDE_CODE_MAX_RETRIES": "1", **changes.pop("agent_env", {})}
+    settings = site.settings(agent_env=env, **changes)
+    return attrs.evolve(settings, agent="claude")

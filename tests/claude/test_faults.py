@@ -12,7 +12,7 @@ import trio
 
 from tests.anthropic_api import Broken, Failure, Silence, Step, Text, ToolUse
 
-from .conftest import Talk, Talking
+from .conftest import ENDLESS, Talk, Talking
 
 WAITS = 5
 
@@ -56,6 +56,8 @@ async def test_recovery(talking: Talking, step: Step) -> None:
         await talk.start()
         assert (await talk.agent.next(2))[1]["result"] == "fine"
         await talk.close()
+        # What is not streamed begins when it is whole, for which there is no time.
+        assert all(turn.body["stream"] for turn in talk.api.turns)
 
 
 async def busy(talk: Talk) -> list[int]:
@@ -81,10 +83,6 @@ def name_of(pid: int) -> str | None:
     except OSError:
         return None
     return None if rest[:1] in b"ZX" else head.partition(b"(")[2].decode()
-
-
-# Claude knows better than to wait for a sleep.
-ENDLESS = ToolUse("Bash", {"command": "tail -f /dev/null"})
 
 
 async def test_host_that_goes_ends_all(talking: Talking) -> None:
