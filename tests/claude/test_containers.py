@@ -1,117 +1,126 @@
 """Claude in real containers, run by the engine: what it says and does comes out.
 
-The API is a Unix socket in the group's folder: the containers have no network.
+All is as an operator has it: the real CLI, and the credential proxy on the way to the
+API, whose key is in ``.env``. The API alone is a fake, on loopback.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import pytest
+import attrs
 import trio
 
-from clawtrio import RunResult, open_engine
-from clawtrio._agent import agent_python
-from clawtrio._bwrap import BwrapRuntime
-from tests.anthropic_api import Api, Text, ToolUse, serve_api
-from tests.e2e.conftest import RUNTIMES, Site, facts, group, nothing_left
+from clawtrio import AgentOutput, RunResult, Usage, open_engine
+from tests.anthropic_api import Api, Text, ToolUse
+from tests.e2e.conftest import Site, facts, group
 
-# The way in that the engine has for Claude, and the way to the API, which is ours.
-START = """
-export CLAWTRIO_PROXY=/workspace/group/api.sock
-export ANTHROPIC_BASE_URL=http://127.0.0.1:3001 ANTHROPIC_API_KEY=token
-exec "$0" /app/src claude
-"""
+from .conftest import BOUND, KEY, api_for, settings_for
 
-# Far more than it takes; a hang is what fails.
-BOUND = 60
-
-
-@pytest.fixture(params=RUNTIMES)
-def site(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Site]:
-    """A root for each runtime; afterwards nothing may be left."""
-    site = Site(request.param, tmp_path / "root")
-    folder = site.root / "groups" / "chat"
-    folder.mkdir(parents=True)
-    os.chown(folder, 1000, 1000)
-    with nothing_left(site):
-        yield site
-
-
-@asynccontextmanager
-async def api_for(site: Site, *script: Text | ToolUse) -> AsyncIterator[Api]:
-    """Serve the API where the container finds it."""
-    path = trio.Path(site.root, "groups", "chat", "api.sock")
-    with trio.socket.socket(trio.socket.AF_UNIX) as sock:
-        # A path that is too long for a socket has a short name, too.
-        folder = os.open(path.parent, os.O_PATH)
-        await sock.bind(f"/proc/self/fd/{folder}/{path.name}")
-        os.close(folder)
-        await path.chmod(0o666)
-        sock.listen()
-        async with serve_api(Api(list(script)), [trio.SocketListener(sock)]) as api:
-            yield api
-    await path.unlink()
+# Whatever an agent can find out of its own place.
+LOOK = "echo A > a.txt; cat /proc/[0-9]*/environ /proc/[0-9]*/cmdline > seen.txt"
 
 
 async def ask(
-    site: Site, *prompts: str, session_id: str | None = None
-) -> tuple[list[str], RunResult]:
-    """Ask one thing after the other in one run, and give the answers."""
-    runtime, python = None, "python3"
-    if site.runtime == "bwrap":
-        python = agent_python()
-        runtime = BwrapRuntime(python=python)
-    settings = site.settings(agent_command=("sh", "-c", START, python))
-    answers: list[str] = []
+    site: Site, *prompts: str, session_id: str | None = None, **changes: Any
+) -> tuple[list[AgentOutput], RunResult]:
+    """Ask one thing after the other in one run, and give all outputs."""
+    outputs: list[AgentOutput] = []
+    follow_ups = list(prompts[1:])
     with trio.fail_after(BOUND):
         async with (
-            open_engine(settings, runtime) as engine,
+            open_engine(settings_for(site, **changes)) as engine,
             engine.open_run(
                 group(), prompts[0], chat_jid="tg:1", session_id=session_id
             ) as run,
         ):
             async for output in run:
-                if output.result is None:
-                    continue
-                answers.append(output.result)
-                if len(answers) < len(prompts):
-                    await run.send(prompts[len(answers)])
-                else:
-                    run.finish()
-    return answers, run.result
+                outputs.append(output)
+                # With null it waits.
+                if output.result is None and not output.partial:
+                    if follow_ups:
+                        await run.send(follow_ups.pop(0))
+                    else:
+                        run.finish()
+    return outputs, run.result
 
 
-def written(root: Path) -> tuple[str, int, str]:
-    """Give the file that Claude wrote, its owner, and the text of its message."""
-    file = root / "groups" / "chat" / "a.txt"
-    (message,) = (root / "data" / "ipc" / "chat" / "messages").iterdir()
-    text = json.loads(message.read_bytes())["text"]
-    return file.read_text(), file.stat().st_uid, text
+def answers(outputs: list[AgentOutput]) -> list[str]:
+    """Return the texts of whole answers."""
+    return [o.result for o in outputs if o.result is not None and not o.partial]
+
+
+def sent(site: Site, kind: str) -> list[dict[str, Any]]:
+    """Return what the agent has put into its mailbox."""
+    mailbox = site.root / "data" / "ipc" / "chat" / kind
+    return [json.loads(path.read_bytes()) for path in sorted(mailbox.iterdir())]
+
+
+def counted(api: Api) -> Usage:
+    """Return what should have been counted of what the API was asked."""
+    asked = [r for r in api.requests if r.target.startswith("/v1/messages?")]
+    return Usage(
+        requests=len(api.requests),
+        statuses=((200, len(api.requests)),),
+        input_tokens=10 * len(asked),
+        output_tokens=5 * len(asked),
+    )
+
+
+def files_of(site: Site) -> Iterator[Path]:
+    """Yield all files that an agent can see."""
+    for place in ("groups", "data/ipc", "data/sessions"):
+        yield from (p for p in (site.root / place).rglob("*") if p.is_file())
 
 
 async def test_claude_in_a_container(site: Site) -> None:
-    """It answers, follows up, writes as the group's user, and goes on the next time."""
+    """It answers in pieces, follows up, works as its user, and goes on later."""
+    daily = {
+        "prompt": "water the plants",
+        "schedule_type": "cron",
+        "schedule_value": "0 9 * * 1",
+    }
     steps = (
-        ToolUse("Bash", {"command": "echo A > a.txt"}),
+        ToolUse("Bash", {"command": LOOK}),
         ToolUse("mcp__nanoclaw__send_message", {"text": "half-way"}),
-        Text(("done",)),
+        ToolUse("mcp__nanoclaw__schedule_task", daily),
+        Text(("do", "ne"), pause=0.1),
         Text(("and more",)),
     )
-    async with api_for(site, *steps):
-        answers, result = await ask(site, "write", "more")
-    assert answers == ["done", "and more"]
+    async with api_for(site, *steps) as api:
+        outputs, result = await ask(site, "write", "more", partial_text=True)
+    assert answers(outputs) == ["done", "and more"]
+    pieces = [output.result for output in outputs if output.partial]
+    assert [p for p in pieces if p is not None] == ["do", "ne", "and more"]
     assert facts(result) == ("success", "EXITED", result.outputs, None)
     assert result.unanswered == ()
 
-    assert written(site.root) == ("A\n", 1000, "half-way")
+    made = (site.root / "groups" / "chat" / "a.txt").stat()
+    assert (made.st_uid, made.st_gid) == (os.geteuid() or 1000, os.getegid() or 1000)
+    (message,) = sent(site, "messages")
+    assert (message["text"], message["chatJid"]) == ("half-way", "tg:1")
+    (task,) = sent(site, "tasks")
+    assert (task["type"], task["prompt"]) == ("schedule_task", "water the plants")
+
+    assert {request.headers["x-api-key"] for request in api.turns} == {KEY}
+    seen = (site.root / "groups" / "chat" / "seen.txt").read_bytes()
+    assert b"ANTHROPIC_API_KEY=" in seen
+    assert not [p for p in files_of(site) if KEY.encode() in p.read_bytes()]
+
+    usage = result.usage
+    assert usage is not None
+    assert usage.request_bytes > 10_000
+    assert usage.response_bytes > 500
+    assert attrs.evolve(usage, request_bytes=0, response_bytes=0) == counted(api)
 
     async with api_for(site, Text(("I know",))) as api:
-        answers, again = await ask(site, "go on", session_id=result.new_session_id)
+        outputs, again = await ask(site, "go on", session_id=result.new_session_id)
         assert "half-way" in json.dumps(api.turns[0].body["messages"])
-    assert answers == ["I know"]
+    assert answers(outputs) == ["I know"]
     assert again.new_session_id == result.new_session_id
+    assert again.usage is not None
+    assert again.usage.requests == len(api.requests)
