@@ -26,6 +26,7 @@ See :func:`open_engine`.
 #   _turns                        outputs -> who owes whom an answer (sans-I/O)
 #   _handover                     outputs -> the caller, one at a time
 #   _runlog                       what is kept of a run
+#   _events                       what happens in runs, for whoever watches
 #   _teardown, _sweep             the stop ladder, the janitor; what the dead left
 #   _run                          the nursery that joins all these
 #   _mailbox                      files that agents write -> requests
@@ -44,7 +45,11 @@ from ._dispatcher import (
     DispatcherStatistics as DispatcherStatistics,
     open_dispatcher as open_dispatcher,
 )
-from ._engine import Engine as Engine, open_engine as open_engine
+from ._engine import (
+    Engine as Engine,
+    EngineStatistics as EngineStatistics,
+    open_engine as open_engine,
+)
 from ._errors import (
     AllowlistError as AllowlistError,
     ClawtrioError as ClawtrioError,
@@ -61,6 +66,16 @@ from ._errors import (
     UnknownChatError as UnknownChatError,
     UnknownTaskError as UnknownTaskError,
     UnsafePathError as UnsafePathError,
+)
+from ._events import (
+    Events as Events,
+    RunDeadlineMoved as RunDeadlineMoved,
+    RunEnded as RunEnded,
+    RunEvent as RunEvent,
+    RunFollowUp as RunFollowUp,
+    RunOutput as RunOutput,
+    RunStarted as RunStarted,
+    RunStopping as RunStopping,
 )
 from ._mailbox import (
     CancelTask as CancelTask,
@@ -90,7 +105,7 @@ from ._models import (
     Usage as Usage,
     VolumeMount as VolumeMount,
 )
-from ._run import Run as Run
+from ._run import Run as Run, RunStatistics as RunStatistics
 from ._runtimes import (
     Container as Container,
     ContainerSpec as ContainerSpec,

@@ -31,6 +31,7 @@ from ._codec import ContainerInput, encode_groups, encode_input, encode_tasks
 from ._credentials import CredentialFile
 from ._docker import DockerRuntime
 from ._errors import NotStartedError, RuntimeUnavailableError
+from ._events import EventHub, Events
 from ._flavours import FLAVOURS
 from ._groups import Places, open_places
 from ._hostfs import Directory
@@ -39,7 +40,7 @@ from ._models import AgentOutput, AvailableGroup, Group, RunResult, ScheduledTas
 from ._outfit import Outfitter
 from ._process import in_thread
 from ._proxy import Proxy, open_proxy
-from ._run import Run, RunLogger
+from ._run import Run, RunLogger, RunStatistics
 from ._runlog import LogEntry, log_name, prune_logs, render_log
 from ._runtimes import (
     LABEL_ENGINE,
@@ -78,6 +79,19 @@ def choose_runtime(settings: Settings) -> Runtime:
     return DockerRuntime(FLAVOURS[name], image=settings.image, agent=agent)
 
 
+@attrs.frozen(kw_only=True)
+class EngineStatistics:
+    """What an engine is doing.
+
+    Attributes:
+        runs: Of each live run, the oldest first.
+        starting: How many are still starting.
+    """
+
+    runs: tuple[RunStatistics, ...]
+    starting: int
+
+
 class Engine:
     """Runs agents in containers. Made by :func:`open_engine`.
 
@@ -112,6 +126,7 @@ class Engine:
         )
         self._nursery = nursery
         self._runs: AsyncValue[tuple[Run, ...]] = AsyncValue(())
+        self._events = EventHub()
         self._closing = False
         self._chats: dict[str, Group] = {}
         self._janitor = Janitor(runtime, labels[LABEL_ENGINE], settings.command_timeout)
@@ -303,6 +318,31 @@ class Engine:
         finally:
             requests.close()
 
+    def statistics(self) -> EngineStatistics:
+        """Return what it is doing."""
+        live = self.runs
+        return EngineStatistics(
+            runs=tuple(run.statistics() for run in live),
+            starting=len(self._runs.value) - len(live),
+        )
+
+    @asynccontextmanager
+    async def open_events(self, max_buffer: int = 256) -> AsyncIterator[Events]:
+        """Iterate over what happens in runs from now on, until the engine closes.
+
+        Who reads slowly loses the oldest events, which :attr:`Events.lost` counts, and
+        holds nobody up.
+
+        Args:
+            max_buffer: How many events may wait for the reader.
+
+        Raises:
+            ValueError: If *max_buffer* is below 1.
+        """
+        with self._events.open(max_buffer) as events:
+            await trio.lowlevel.checkpoint()
+            yield events
+
     async def plan(self, group: Group) -> list[str]:
         """Return the command line that would start a container of *group*.
 
@@ -352,6 +392,7 @@ class Engine:
                 single_turn=single_turn,
                 refused_mounts=outfit.refused,
                 count_usage=lambda: access.ticket.usage if access else None,
+                events=self._events,
                 log_path=Path(logs.path, log_name(started, run_id)),
                 logger=logger,
             )
@@ -380,7 +421,7 @@ class Engine:
                 if not run.gone:
                     self._look_for(run)
                 raise
-            run.begun = True
+            run.begin()
             # No checkpoint between the start and this: the container has an owner.
             keep = stack.pop_all()
             supervise = partial(
@@ -460,6 +501,7 @@ class Engine:
             run.leave()
         with trio.CancelScope(shield=True):
             await self._runs.wait_value(operator.not_)
+        self._events.close()
         return await self._janitor.finish()
 
 

@@ -21,13 +21,24 @@ import logging
 import math
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import attrs
 import trio
 
 from ._errors import NotStartedError, RunClosedError
+from ._events import (
+    EventHub,
+    RunDeadlineMoved,
+    RunEnded,
+    RunEvent,
+    RunFollowUp,
+    RunOutput,
+    RunStarted,
+    RunStopping,
+)
 from ._handover import Handover
 from ._markers import MarkerParser
 from ._models import (
@@ -45,7 +56,7 @@ from ._settings import MIB, Settings
 from ._stdin import Words, write_words
 from ._teardown import Supervised, bring_down
 from ._text import one_line
-from ._turns import Then, Turns
+from ._turns import State, Then, Turns
 
 #: How much is read of a pipe when the time for it is over: far more than it holds.
 _OVERTIME_BYTES: Final = 16 * MIB
@@ -79,6 +90,29 @@ class Captures:
 
     stdout: Capture
     stderr: Capture
+
+
+@attrs.frozen(kw_only=True)
+class RunStatistics:
+    """What a live run is doing.
+
+    Attributes:
+        group: The folder of its group.
+        run: Its id.
+        state: ``working``, ``answered``, ``waiting``, ``leaving`` or ``stopping``.
+        age: Seconds since its start.
+        idle: Seconds since its agent's last sign of life; heartbeats count.
+        outputs: How many were delivered, or are being delivered.
+        usage: What it has asked of the API so far; None if it has no way there.
+    """
+
+    group: str
+    run: str
+    state: State | Literal["stopping"]
+    age: float
+    idle: float
+    outputs: int
+    usage: Usage | None
 
 
 class _Pipe:
@@ -163,6 +197,7 @@ class Run:
         refused_mounts: Sequence[tuple[AdditionalMount, str]],
         open_port: Callable[[Container], Awaitable[object]] | None,
         count_usage: Callable[[], Usage | None],
+        events: EventHub,
         log_path: Path,
         logger: RunLogger,
     ) -> None:
@@ -182,6 +217,7 @@ class Run:
         self._refused_mounts = tuple(refused_mounts)
         self._open_port = open_port
         self._count_usage = count_usage
+        self._events = events
         self._log_path = log_path
         self._logger = logger
         self._handover = Handover()
@@ -194,7 +230,7 @@ class Run:
         self._dropped = 0
         # Apart from the log's stderr, of which the operator may want to keep little.
         self._last_stderr = b""
-        self.started = trio.current_time()
+        self.started = self._heard = trio.current_time()
         self.last_text: str | None = None
         """What :attr:`RunResult.result` will be."""
         self._result: RunResult | None = None
@@ -227,6 +263,19 @@ class Run:
         """
         return self._turns.pending
 
+    def statistics(self) -> RunStatistics:
+        """Return what it is doing."""
+        now = trio.current_time()
+        return RunStatistics(
+            group=self.group.folder,
+            run=self.id,
+            state="stopping" if self._cause is not None else self._turns.state,
+            age=now - self.started,
+            idle=now - self._heard,
+            outputs=self._handover.begun,
+            usage=self._count_usage(),
+        )
+
     async def send(self, text: str) -> None:
         """Ask the agent something more. Accepted is not answered.
 
@@ -239,6 +288,7 @@ class Run:
         if self._turns.finished or self._cause is not None or self._exited.is_set():
             raise RunClosedError(self.id)
         self._words.send(self._turns.next_number, text)
+        self._tell(partial(RunFollowUp, number=self._turns.next_number))
         self._turns.ask(text)
         self._restart_clock()
 
@@ -325,6 +375,11 @@ class Run:
         problem = f"{self._runtime.name} started no container within {seconds:g} s"
         raise NotStartedError(problem)
 
+    def begin(self) -> None:
+        """Note that its client process was started."""
+        self.begun = True
+        self._tell(RunStarted)
+
     async def supervise(
         self, supervised: Supervised, conclude: Callable[[RunResult], Awaitable[object]]
     ) -> None:
@@ -352,6 +407,8 @@ class Run:
                 result = self._conclude(supervised)
                 await conclude(result)
                 self._result = result
+                ended = partial(RunEnded, ending=result.ending, status=result.status)
+                self._tell(ended)
             finally:
                 try:
                     with trio.move_on_after(self._settings.command_timeout):
@@ -365,10 +422,18 @@ class Run:
             self._cause = cause
             self._problem = problem
             self._patience.cancel()
+            if self.begun:
+                self._tell(partial(RunStopping, ending=cause))
+
+    def _tell(self, event: Callable[..., RunEvent]) -> None:
+        self._events.emit(
+            lambda now: event(group=self.group.folder, run=self.id, time=now)
+        )
 
     def _restart_clock(self) -> None:
         seconds = math.inf if self._delivering else self._turns.patience()[0]
         self._patience.deadline = trio.current_time() + seconds
+        self._tell(partial(RunDeadlineMoved, deadline=self._patience.deadline))
 
     async def _until_exit(self, supervised: Supervised) -> None:
         """Wait for the process; if patience or somebody ends it, bring it down."""
@@ -447,8 +512,10 @@ class Run:
                 level, "frame dropped: %s, %d bytes", event.reason, event.size
             )
             return
+        self._heard = trio.current_time()
         self._turns.take(event, unread)
         if not (event.partial and event.result is None):
+            self._tell(partial(RunOutput, status=event.status, partial=event.partial))
             self._delivering = True
             self._restart_clock()
             try:

@@ -16,10 +16,13 @@ answered   otherwise                       IDLE after ``answer_timeout``
 from __future__ import annotations
 
 from enum import Enum
+from typing import Literal, TypeAlias
 
 import attrs
 
 from ._models import AgentOutput, Ending, Status
+
+State: TypeAlias = Literal["working", "leaving", "waiting", "answered"]
 
 
 class Then(Enum):
@@ -72,6 +75,15 @@ class Turns:
         return tuple(self._unanswered)
 
     @property
+    def state(self) -> State:
+        """Where the conversation is; see above."""
+        if self._unanswered:
+            return "working"
+        if self.finished:
+            return "leaving"
+        return "waiting" if self._waiting else "answered"
+
+    @property
     def next_number(self) -> int:
         """The number of the next follow-up."""
         return self._asked + 1
@@ -109,13 +121,12 @@ class Turns:
 
     def patience(self) -> tuple[float, Then]:
         """Return the seconds that the agent may be silent for, and what then."""
-        if self._unanswered:
-            return self._timeouts.answer, Then.TIME_OUT
-        if self.finished:
-            return self._timeouts.close, Then.IDLE
-        if self._waiting:
-            return self._timeouts.idle, Then.FINISH
-        return self._timeouts.answer, Then.IDLE
+        return {
+            "working": (self._timeouts.answer, Then.TIME_OUT),
+            "leaving": (self._timeouts.close, Then.IDLE),
+            "waiting": (self._timeouts.idle, Then.FINISH),
+            "answered": (self._timeouts.answer, Then.IDLE),
+        }[self.state]
 
     def verdict(self, ending: Ending, problem: str | None) -> tuple[Status, str | None]:
         """Return the run's status, and the error if that is not success.
