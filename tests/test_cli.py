@@ -42,6 +42,7 @@ from .upstream import SECRET, Call, Handler, open_api, silent
 
 COMMANDS: Final = (
     *("run", "chat", "demo", "doctor", "ps", "sweep", "logs", "reset", "proxy"),
+    "top",
 )
 COMMAND: Final = (sys.executable, "-m", "clawtrio")
 #: Seconds for anything here: podman takes two on a busy machine.

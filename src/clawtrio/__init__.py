@@ -27,6 +27,7 @@ See :func:`open_engine`.
 #   _handover                     outputs -> the caller, one at a time
 #   _runlog                       what is kept of a run
 #   _events                       what happens in runs, for whoever watches
+#   _status                       what an engine tells other processes of itself
 #   _teardown, _sweep             the stop ladder, the janitor; what the dead left
 #   _run                          the nursery that joins all these
 #   _mailbox                      files that agents write -> requests

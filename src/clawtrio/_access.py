@@ -86,7 +86,8 @@ def open_socket(access: Access, places: Places, name: str, stack: ExitStack) -> 
         fd = directory.hold()
         stack.callback(os.close, fd)
         status = os.fstat(fd)
-        listener = _listen(f"/proc/self/fd/{fd}/{_SOCKET}")
+        # Whoever is in the container may connect; out here, nobody gets this far.
+        listener = listen_at(f"/proc/self/fd/{fd}/{_SOCKET}", mode=0o666)
         mount = VolumeMount(directory.path, RUN_CLAWTRIO, readonly=True)
     return attrs.evolve(
         access,
@@ -144,13 +145,16 @@ def _reached_at(access: Access, url: str, listener: trio.SocketListener) -> Acce
     return attrs.evolve(access, environment=environment, listener=listener)
 
 
-def _listen(address: str) -> trio.SocketListener:
-    """Listen on a path through a descriptor: its own may be too long for an address."""
+def listen_at(address: str, *, mode: int) -> trio.SocketListener:
+    """Listen on a path through a descriptor: its own may be too long for an address.
+
+    Raises:
+        OSError: If it cannot be listened on.
+    """
     opened = socket.socket(socket.AF_UNIX)
     try:
         opened.bind(address)
-        # Whoever is in the container may connect; out here, nobody gets this far.
-        Path(address).chmod(0o666)
+        Path(address).chmod(mode)
         opened.listen(_BACKLOG)
         return trio.SocketListener(trio.socket.from_stdlib_socket(opened))
     except BaseException:

@@ -37,6 +37,7 @@ from ._cli_mounts import check_mount, init_allowlist
 from ._cli_proxy import serve_proxy
 from ._cli_runs import STDIN, UsageError, chat, group_of, plan_run, reset, run_prompt
 from ._cli_terminal import Interrupts, complain, note, obeying_signals, prepare, write
+from ._cli_top import top
 from ._engine import choose_runtime
 from ._errors import ClawtrioError, GroupFolderError, SettingsError
 from ._flavours import FLAVOURS
@@ -201,6 +202,13 @@ async def ps(*, runtime: RuntimeOption = None, common: Common = _COMMON) -> int:
     """List the containers of this root."""
     settings = common.settings(runtime=runtime)
     return await obeying_signals(lambda _: list_containers(settings))
+
+
+@app.command(name="top", sort_key=6)
+async def top_command(*, common: Common = _COMMON) -> int:
+    """Show what the live runs of this root are doing: at a terminal until Ctrl-C."""
+    settings = common.settings()
+    return await obeying_signals(lambda _: top(settings))
 
 
 @app.command(sort_key=7)

@@ -50,6 +50,7 @@ from ._runtimes import (
     ask_within,
 )
 from ._settings import Settings
+from ._status import open_status, serve_status
 from ._stdin import open_words
 from ._sweep import EngineFile, sweep
 from ._teardown import Janitor, Supervised
@@ -563,6 +564,8 @@ async def open_engine(
                     labels=labels,
                     nursery=nursery,
                 )
+                if status := open_status(places.engines, engine_file.engine_id):
+                    nursery.start_soon(serve_status, status, engine.statistics)
                 try:
                     yield engine
                 finally:

@@ -32,6 +32,7 @@ from ._runtimes import (
     Runtime,
     ask_within,
 )
+from ._status import SUFFIX
 from ._text import one_line
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class EngineFile:
 
     def release(self, *, clean: bool) -> None:
         """Let go; the file stays for the next sweep if there is something to sweep."""
+        self._engines.remove(self.engine_id + SUFFIX)
         if clean:
             self._engines.remove(self.engine_id)
         self._held.close()
@@ -113,7 +115,8 @@ def _find_dead(places: Places, runtime: Runtime, locks: ExitStack) -> dict[str, 
     return {
         engine_id: _is_done(fd, places.settings.command_timeout)
         for engine_id in places.engines.names()
-        if _runtime_of(places.engines.read(engine_id) or b"") == runtime.name
+        if not engine_id.endswith(SUFFIX)
+        and _runtime_of(places.engines.read(engine_id) or b"") == runtime.name
         and (fd := _take_over(places.engines, engine_id, locks)) is not None
     }
 
@@ -124,6 +127,7 @@ def _forget(places: Places, dead: Mapping[str, bool]) -> None:
         if name.partition("-")[0] in dead:
             places.sockets.discard(name, places.trash)
     for engine_id in (name for name, done in dead.items() if done):
+        places.engines.remove(engine_id + SUFFIX)
         places.engines.remove(engine_id)
 
 
