@@ -65,8 +65,8 @@ def pairs(base: Path, stack: ExitStack) -> Iterator[tuple[str, Work, Work]]:
         trash.empty(10)
 
     def copy_safely(_: int) -> None:
-        with copies.subdirectory("copy") as copy:
-            copy.copy_tree(base / "tree", trash, owner)
+        with copies.subdirectory("copy") as copy, copies.subdirectory("tree") as tree:
+            copy.copy_tree(tree, trash, owner)
 
     yield (
         "read a file of 1 kB",

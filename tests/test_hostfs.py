@@ -572,18 +572,54 @@ def test_a_tree_is_copied_over_whatever_is_there(
     (target / "own").write_text("kept")
     before = outside.read_bytes()
 
-    place.copy_tree(source, trash, Owner(1000, 1000))
+    with Directory.at(str(source)) as original:
+        place.copy_tree(original, trash, Owner(1000, 1000))
 
     assert outside.read_bytes() == before
     assert {path.name for path in target.iterdir()} == {"file", "sub", "linked", "own"}
-    assert (target / "file").read_text() == (target / "linked").read_text() == "new"
+    assert (target / "file").read_text() == "new"
+    # A symlink is not copied: what is there stays.
+    assert (target / "linked").is_dir()
     assert (target / "own").read_text() == "kept"
     assert stat.S_IMODE((target / "sub" / "tool").stat().st_mode) == 0o755
     assert stat.S_IMODE((target / "file").lstat().st_mode) == 0o644
     assert (target / "sub" / "deep").is_dir()
-    assert len(trash.names()) == 2
+    assert len(trash.names()) == 1
     expected = 1000 if os.geteuid() == 0 else os.geteuid()
-    assert {path.stat().st_uid for path in target.rglob("*")} >= {expected}
+    assert (target / "sub" / "tool").stat().st_uid == expected
+
+
+def test_a_tree_that_is_swapped_meanwhile_is_not_followed(
+    place: Directory, trash: Directory, outside: Path, tmp_path: Path
+) -> None:
+    """Where an agent has got at the source, it leads nobody outside."""
+    source = tmp_path / "source"
+    (source / "sub").mkdir(parents=True)
+    (source / "file").write_text("ours")
+    done = threading.Event()
+
+    def swap() -> None:
+        while not done.is_set():
+            for path, kind in ((source / "sub", "directory"), (source / "file", "")):
+                with suppress(OSError):
+                    path.rename(source / ".old")
+                    path.symlink_to(outside.parent if kind else outside)
+                    path.unlink()
+                    (source / ".old").rename(path)
+
+    agent = threading.Thread(target=swap)
+    agent.start()
+    try:
+        with Directory.at(str(source)) as original:
+            for _ in range(300):
+                with suppress(UnsafePathError, FileNotFoundError):
+                    place.copy_tree(original, trash, Owner(1000, 1000))
+    finally:
+        done.set()
+        agent.join()
+
+    copies = [path for path in Path(place.path).rglob("*") if path.is_file()]
+    assert {path.read_text() for path in copies} <= {"ours"}
 
 
 def test_swapping_in_a_tight_loop_never_leads_outside(

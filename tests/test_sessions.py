@@ -11,6 +11,7 @@ import pytest
 
 from clawtrio import Group, Settings, UnsafePathError
 from clawtrio._groups import Places, open_places
+from clawtrio._hostfs import Directory
 from clawtrio._sessions import open_claude, open_runner_copy
 
 from .helpers import open_descriptors
@@ -113,7 +114,9 @@ def test_settings_of_a_wrong_type_are_replaced(
     assert not (tmp_path / "made").exists()
 
 
-def test_skills_are_synced(places: Places, claude: Path, tmp_path: Path) -> None:
+def test_skills_are_synced(
+    places: Places, claude: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """The later source wins; what the agent has added stays, what it changed not."""
     package, own = tmp_path / "package", tmp_path / "own"
     make_skill(package, "one", "package")
@@ -121,6 +124,7 @@ def test_skills_are_synced(places: Places, claude: Path, tmp_path: Path) -> None
     make_skill(own, "two", "own")
     (package / "README").write_text("no skill")
     (own / "linked").symlink_to(make_skill(tmp_path, "elsewhere", "linked"))
+    (own / "two" / "leak").symlink_to(own / "two" / "SKILL.md")
     skills = claude / "skills"
     prepare(places, [package, tmp_path / "missing", own])
     make_skill(skills, "learned", "agent")
@@ -138,9 +142,10 @@ def test_skills_are_synced(places: Places, claude: Path, tmp_path: Path) -> None
         "one/SKILL.md": "package",
         "one/notes": "agent",
         "two/SKILL.md": "own",
-        "linked/SKILL.md": "linked",
         "learned/SKILL.md": "agent",
     }
+    # An agent could have its say in where they lead.
+    assert caplog.text.count("linked is a symlink: left out") == 2
 
 
 @pytest.mark.parametrize("place", ["skills", "skills/one", "skills/one/SKILL.md"])
@@ -184,12 +189,12 @@ def test_a_source_that_cannot_be_read_leaks_nothing(
     """An error of the sync comes out, and what was opened is closed."""
     make_skill(tmp_path / "source", "one", "1")
 
-    def refuse(_: Path) -> bytes:
-        raise PermissionError(13, "Permission denied")
+    def refuse(*_: object, **__: object) -> bytes:
+        raise UnsafePathError("SKILL.md", "cannot be read: Permission denied")
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(Directory, "read", refuse)
 
-    with pytest.raises(PermissionError):
+    with pytest.raises(UnsafePathError, match="cannot be read"):
         prepare(places, [tmp_path / "source"])
 
 

@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 #: How many entries of a directory are looked at. NanoClaw's mailboxes hold a few.
 MAX_ENTRIES: Final = 1000
+#: Largest file of a skill or a runner.
+_MAX_COPIED_BYTES: Final = 2**24
 #: Largest file that is read: far above any message or task.
 MAX_FILE_BYTES: Final = 2**20
 
@@ -333,23 +335,28 @@ class Directory:
             return 1 + len(entries)
         return 1
 
-    def copy_tree(self, source: Path, trash: Directory, owner: Owner) -> None:
-        """Copy a tree of the operator's over what is here; what else is here stays.
+    def copy_tree(self, source: Directory, trash: Directory, owner: Owner) -> None:
+        """Copy a tree over what is here; what else is here stays.
 
         Args:
-            source: A directory in which no agent can write. Symlinks to files are
-                followed, others left out.
+            source: What to copy. Symlinks are left out: an agent may have made them.
             trash: Where what is of the wrong type here is moved to.
             owner: Whom the copies belong to, where we may decide that.
+
+        Raises:
+            UnsafePathError: If a file is too large, or something is swapped meanwhile.
         """
-        for entry in sorted(source.iterdir()):
-            if entry.is_file():
-                mode = 0o755 if entry.stat().st_mode & stat.S_IXUSR else 0o644
-                content = entry.read_bytes()
-                self.write(entry.name, content, trash=trash, owner=owner, mode=mode)
-            elif entry.is_dir() and not entry.is_symlink():
-                with self.subdirectory(entry.name, trash=trash, owner=owner) as child:
-                    child.copy_tree(entry, trash, owner)
+        for name in source.names(None):
+            mode = os.stat(name, dir_fd=source._fd, follow_symlinks=False).st_mode
+            if stat.S_ISREG(mode):
+                content = source.read(name, limit=_MAX_COPIED_BYTES)
+                permissions = 0o755 if mode & stat.S_IXUSR else 0o644
+                self.write(
+                    name, content or b"", trash=trash, owner=owner, mode=permissions
+                )
+            elif stat.S_ISDIR(mode) and (inner := source.existing(name)) is not None:
+                with inner, self.subdirectory(name, trash=trash, owner=owner) as child:
+                    child.copy_tree(inner, trash, owner)
 
     @contextmanager
     def claim(self, name: str, data: bytes) -> Iterator[None]:

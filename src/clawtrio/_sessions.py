@@ -7,14 +7,19 @@ in ``data/sessions/<folder>``, no container shows.
 from __future__ import annotations
 
 import json
+import logging
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from ._errors import UnsafePathError
 from ._groups import Places
 from ._hostfs import Directory
 from ._models import Group
+from ._text import one_line
+
+log = logging.getLogger(__name__)
 
 #: NanoClaw's: agents of agents, the memory files of further directories, own memory.
 _SETTINGS: Final = {
@@ -34,7 +39,8 @@ def open_claude(places: Places, group: Group, skills: Sequence[Path]) -> Directo
         places: Where things are.
         group: Whose.
         skills: Directories of skills; what stands in a later one wins. Those that do
-            not exist are left out.
+            not exist are left out, and so are symlinks: they may lead to where an
+            agent can write, and from there anywhere.
 
     Raises:
         UnsafePathError: If something else is in its place.
@@ -45,7 +51,8 @@ def open_claude(places: Places, group: Group, skills: Sequence[Path]) -> Directo
         _write_settings(claude, places)
         for source in skills:
             if source.is_dir():
-                _sync_skills(claude, source, places)
+                with Directory.at(str(source)) as directory:
+                    _sync_skills(claude, directory, places)
     except BaseException:
         claude.close()
         raise
@@ -62,8 +69,11 @@ def open_runner_copy(places: Places, group: Group, source: Path) -> Directory:
         if _RUNNER_COPY not in session.names(None):
             # Under another name first: half a copy would stay one.
             temporary = f".{_RUNNER_COPY}.{secrets.token_hex(8)}"
-            with session.subdirectory(temporary, owner=places.owner) as copy:
-                copy.copy_tree(source, places.trash, places.owner)
+            with (
+                Directory.at(str(source)) as original,
+                session.subdirectory(temporary, owner=places.owner) as copy,
+            ):
+                copy.copy_tree(original, places.trash, places.owner)
             session.rename(temporary, _RUNNER_COPY)
         return session.subdirectory(_RUNNER_COPY)
 
@@ -76,11 +86,22 @@ def _write_settings(claude: Directory, places: Places) -> None:
         claude.write("settings.json", content, trash=trash, owner=owner)
 
 
-def _sync_skills(claude: Directory, source: Path, places: Places) -> None:
+def _sync_skills(claude: Directory, source: Directory, places: Places) -> None:
     trash, owner = places.trash, places.owner
     with claude.subdirectory("skills", trash=trash, owner=owner) as skills:
-        for skill in sorted(source.iterdir()):
-            # A skill may well be a symlink of the operator's.
-            if skill.is_dir():
-                with skills.subdirectory(skill.name, trash=trash, owner=owner) as copy:
+        for name in source.names(None):
+            skill = _open_skill(source, name)
+            if skill is not None:
+                with skill, skills.subdirectory(name, trash=trash, owner=owner) as copy:
                     copy.copy_tree(skill, trash, owner)
+
+
+def _open_skill(source: Directory, name: str) -> Directory | None:
+    """Open a skill; None if it is something else."""
+    try:
+        return source.existing(name)
+    except UnsafePathError:
+        path = Path(source.path, name)
+        if path.is_symlink():
+            log.warning("skill %s is a symlink: left out", one_line(str(path)))
+        return None
