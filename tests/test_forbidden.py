@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -290,3 +291,30 @@ def test_an_agent_may_replace_what_is_where_it_writes(
     found = forbidden.agent_may_replace(path, [tmp_path / "shared"])
 
     assert found is replaceable
+
+
+def test_every_home_s_secrets_are_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of whom agents run as, and of all in /home, are nobody's either."""
+    homes = tmp_path / "homes"
+    for name in ("alice/.config/gh", "bob/.ssh", "carol/.config", "carol/work"):
+        (homes / name).mkdir(parents=True)
+    (homes / "file").touch()
+    (tmp_path / "bot").mkdir()
+    owner = (tmp_path / "bot").stat().st_uid
+    accounts = {owner: homes / "alice", 4321: homes / "bob"}
+
+    def account(uid: int) -> pwd.struct_passwd:
+        return pwd.struct_passwd(("", "", uid, uid, "", str(accounts[uid]), ""))
+
+    monkeypatch.setattr(pwd, "getpwuid", account)
+    monkeypatch.setattr("clawtrio._forbidden._HOMES", homes)
+    forbidden = forbidden_for(tmp_path, run_uid=4321)
+
+    for closed in ("alice/.config/gh", "bob/.ssh", "carol/.config", "carol"):
+        assert forbidden.complaint(homes / closed) is not None
+    assert forbidden.complaint(homes / "carol" / "work") is None
+    assert not forbidden.root_is_home
+    monkeypatch.setitem(accounts, owner, tmp_path / "bot")
+    assert forbidden_for(tmp_path).root_is_home

@@ -154,6 +154,40 @@ def test_whatever_contains_the_data_is_not_the_project(tmp_path: Path) -> None:
         assert project == ["/workspace/project/groups"]
 
 
+def test_a_root_that_is_a_home_shows_no_secrets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Main sees the project in it, not what people keep in their homes."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in (".ssh", ".config", ".cargo", ".claude", "snap", "src", "data"):
+        (tmp_path / name).mkdir()
+    for name in (".netrc", ".git-credentials", ".bash_history", "id_rsa", "notes"):
+        (tmp_path / name).touch()
+    settings = Settings(root=str(tmp_path), data_dir=str(tmp_path / "src" / "data"))
+    (tmp_path / "src2").mkdir()
+
+    with open_places(settings) as places, mounts_of(places, MAIN) as mounts:
+        project = {t for t in mounts if t.startswith("/workspace/project")}
+
+    assert project == {
+        f"/workspace/project/{name}" for name in ("groups", "notes", "src2")
+    }
+
+
+def test_a_root_in_which_somebody_lives_shows_no_secrets(tmp_path: Path) -> None:
+    """Not even where nobody knows that it is a home: agents run as its owner."""
+    for name in (".ssh", ".config", ".aws", "data", "src", ".claude"):
+        (tmp_path / name).mkdir()
+    settings = Settings(root=str(tmp_path), data_dir=str(tmp_path / "elsewhere"))
+
+    with open_places(settings) as places, mounts_of(places, MAIN) as mounts:
+        project = {t for t in mounts if t.startswith("/workspace/project")}
+
+    assert project == {
+        f"/workspace/project/{name}" for name in ("groups", "src", ".claude")
+    }
+
+
 def test_an_entry_with_an_ambiguous_name_is_refused(
     places: Places, tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
@@ -34,20 +35,29 @@ DEFAULT_BLOCKED_PATTERNS: Final = (
     *("private_key", ".secret"),
     # keys, keyrings and password stores
     *("id_ecdsa", "id_dsa", ".pem", ".p12", ".pfx", ".putty", ".pki"),
-    *("keyrings", "keychains", "kwalletd", ".password-store", ".kdbx", ".1password"),
-    *("bitwarden", ".vault-token", ".authinfo"),
+    *("keyring", "keychains", "kwalletd", ".password-store", ".kdbx", ".1password"),
+    *(
+        "bitwarden",
+        ".vault-token",
+        ".authinfo",
+        ".lastpass",
+        ".rbw",
+        ".git-credentials",
+    ),
+    *("xauthority", "iceauthority"),
     # browsers and mail
     *(".mozilla", "org.mozilla", ".thunderbird", "google-chrome", "com.google.chrome"),
-    *("bravesoftware", "microsoft-edge", "cookies.sqlite"),
+    *("bravesoftware", "microsoft-edge", "cookies.sqlite", "librewolf", "waterfox"),
     # clouds and containers
     *(".oci", ".aliyun", ".bluemix", ".doctl", ".hcloud", ".boto", ".s3cfg", ".fly"),
+    *(".ibmcloud", ".databricks", ".cargo", ".m2", ".gradle", ".electrum"),
     *(".terraform.d", ".terraformrc", ".pulumi", ".rclone", ".minikube", ".helm"),
     *(".podman", "docker.sock"),
     # registries, databases and agents
     *(".gitcookies", ".yarnrc", ".condarc", ".pgpass", ".my.cnf", ".mylogin.cnf"),
     *(".claude", ".codex", ".gemini"),
     # what somebody typed
-    *("_history", ".histfile", ".lesshst", ".viminfo"),
+    *("_history", ".histfile", ".lesshst", ".viminfo", "zsh_sessions", "atuin"),
 )
 
 #: What ``clawtrio mounts init`` writes.
@@ -93,6 +103,13 @@ def write_template(path: str, *, force: bool) -> None:
     with Directory.at(str(place.parent)) as directory:
         data = encode_allowlist(TEMPLATE)
         directory.write(place.name, data, mode=0o600, replace=force)
+
+
+def is_blocked(name: str, patterns: Iterable[str] = ()) -> str | None:
+    """Return the pattern, a default one or one of these, that a name has in it."""
+    folded = name.casefold()
+    wanted = (*DEFAULT_BLOCKED_PATTERNS, *patterns)
+    return next((p for p in wanted if p.casefold() in folded), None)
 
 
 class AllowlistFile:

@@ -32,9 +32,12 @@ _SERVICES: Final = (
 _SECRETS: Final = (
     *(".config", ".ssh", ".gnupg", ".pki", ".local/share/keyrings", ".password-store"),
     *(".local/share/kwalletd", ".local/share/containers", ".local/share/docker"),
+    *(".local/share/fish", ".local/share/atuin", ".local/share/gnome-keyring"),
     *(".aws", ".azure", ".gcloud", ".oci", ".kube", ".docker", ".terraform.d"),
-    *(".mozilla", ".thunderbird", ".var", "snap", ".claude", ".codex", ".gemini"),
+    *(".mozilla", ".thunderbird", ".cargo", ".m2", ".gradle", ".electrum"),
 )
+#: Likewise; but in a bot's directory, if that is no home, they are the project's.
+_PERSONAL: Final = (".var", "snap", ".claude", ".codex", ".gemini", ".cursor")
 #: Environment variables that say where such things are instead; lists have colons.
 _VARIABLES: Final = (
     *("XDG_RUNTIME_DIR", "XDG_CONFIG_HOME", "SSH_AUTH_SOCK", "GNUPGHOME"),
@@ -46,7 +49,7 @@ _VARIABLES: Final = (
 _ADDRESSES: Final = ("DOCKER_HOST", "CONTAINER_HOST", "DBUS_SESSION_BUS_ADDRESS")
 _SOCKET: Final = re.compile(r"unix:(?://|path=)(/[^,;]+)")
 #: In the bot's directory.
-_ROOT_SECRETS: Final = (".env", ".git", "store")
+_ROOT_SECRETS: Final = (".env", ".git", "store", "data")
 #: What is in these may be given, but for homes.
 _WHOLES: Final = ("/", "/home", "/tmp", "/var/tmp")  # noqa: S108 - to be kept out of
 _HOMES: Final = Path("/home")
@@ -165,6 +168,10 @@ class Forbidden:
         settings: Where clawtrio's own places are.
         environment: Where the user's sockets and secrets are.
         fixed: More places in which no group may write.
+
+    Attributes:
+        root_is_home: Whether the bot's directory is somebody's home, with all that
+            people keep there.
     """
 
     def __init__(
@@ -175,7 +182,13 @@ class Forbidden:
         fixed: Iterable[str] = (),
     ) -> None:
         root, groups = settings.root, settings.groups_dir
-        secrets = [str(Path(home, name)) for home in _homes() for name in _SECRETS]
+        homes = _homes(settings)
+        self.root_is_home = os.path.realpath(root) in map(os.path.realpath, homes)
+        secrets = [
+            f"{home}/{name}" for home in homes for name in (*_SECRETS, *_PERSONAL)
+        ]
+        # Its owner is whom agents run as, and need not be known to this host.
+        secrets += [f"{root}/{name}" for name in _SECRETS]
         secrets += _from_environment(environment)
         private = {
             settings.data_dir: "is clawtrio's own",
@@ -191,7 +204,7 @@ class Forbidden:
             {
                 root: "is the bot's own",
                 **dict.fromkeys(_WHOLES, "is too much"),
-                **dict.fromkeys(_homes(), "is a home directory"),
+                **dict.fromkeys(homes, "is a home directory"),
             },
         )
         self._fixed = Zone(
@@ -238,11 +251,18 @@ class Forbidden:
         )
 
 
-def _homes() -> list[str]:
-    homes = [expand("~")]
-    with suppress(KeyError):
-        homes.append(pwd.getpwuid(os.geteuid()).pw_dir)
-    return [home.rstrip("/") or "/" for home in homes]
+def _homes(settings: Settings) -> list[str]:
+    """List the homes there are: ours, that of whom agents run as, all in /home."""
+    homes = [expand("~"), "/root"]
+    uids = [os.geteuid(), settings.run_uid]
+    with suppress(OSError):
+        uids.append(Path(settings.root).stat().st_uid)
+    for uid in uids:
+        with suppress(KeyError):
+            homes += [pwd.getpwuid(uid).pw_dir] if uid is not None else []
+    with suppress(OSError):
+        homes += [str(home) for home in _HOMES.iterdir()]
+    return [home for home in homes if home.strip("/") and Path(home).is_dir()]
 
 
 def _from_environment(environment: Mapping[str, str]) -> Iterator[str]:

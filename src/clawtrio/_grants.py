@@ -20,7 +20,7 @@ from typing import TypeAlias
 
 import attrs
 
-from ._allowlist import DEFAULT_BLOCKED_PATTERNS, AllowlistFile
+from ._allowlist import AllowlistFile, is_blocked
 from ._errors import AllowlistError
 from ._forbidden import Forbidden, expand, trail
 from ._grants_sources import (
@@ -240,15 +240,12 @@ class _Judge:
 
     def _check_names(self, path: str, place: Path, rules: MountAllowlist) -> None:
         """Refuse what has a blocked pattern in a name, a symlink's included."""
-        patterns = (*DEFAULT_BLOCKED_PATTERNS, *rules.blocked_patterns)
         names = {name for entry in (*trail(path), place) for name in entry.parts}
         for name in sorted(names):
-            folded = name.casefold()
-            for pattern in patterns:
-                if pattern.casefold() in folded:
-                    raise RefusedError(
-                        f"the name {name!r} has the blocked pattern {pattern!r} in it"
-                    )
+            pattern = is_blocked(name, rules.blocked_patterns)
+            if pattern is not None:
+                problem = f"the name {name!r} has the blocked pattern {pattern!r} in it"
+                raise RefusedError(problem)
 
     def _check_place(self, path: str, place: Path) -> None:
         if (complaint := self.forbidden.complaint(place)) is not None:

@@ -20,6 +20,7 @@ from typing import Final
 
 import attrs
 
+from ._allowlist import is_blocked
 from ._forbidden import Forbidden
 from ._groups import Places
 from ._hostfs import Directory, check_mountable
@@ -96,6 +97,9 @@ def _hold_project(
     root = os.path.realpath(places.settings.root)
     with Directory.at(places.settings.root) as directory:
         for name in directory.names(None):
+            # What people keep in their homes is no part of a project.
+            if forbidden.root_is_home and is_blocked(name):
+                continue
             if name.startswith(_SECRETS) or forbidden.is_private(Path(root, name)):
                 continue
             held = _hold(
