@@ -127,7 +127,7 @@ async def test_environment_is_what_was_given(
     for name in flavour.silenced:
         assert environment.pop(name) == ""
     assert environment.pop("HOSTNAME")
-    # Podman's own two; Python's own, where there is no locale; our image's two.
+    # Podman's own two; Python's own, where there is no locale; our image's own.
     for name in ("container", "TERM", "LC_CTYPE"):
         environment.pop(name, None)
     assert environment.pop("PATH").startswith("/usr/local/sbin:")
@@ -137,6 +137,7 @@ async def test_environment_is_what_was_given(
         "TZ": "UTC",
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONUNBUFFERED": "1",
+        "AGENT_BROWSER_EXECUTABLE_PATH": "/usr/bin/chromium",
     }
 
 

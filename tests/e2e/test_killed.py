@@ -108,6 +108,7 @@ async def host(site: Site, agent: str | None, **changes: Any) -> AsyncIterator[H
         "settings": {
             "root": str(site.root),
             "runtime": site.runtime,
+            "agent": "echo",
             "agent_command": None if agent is None else site.agent(agent),
             "min_free_bytes": 0,
             "timezone": "UTC",

@@ -125,7 +125,8 @@ async def look(engine: Engine, who: Group) -> Sight:
 OWN = {"/workspace/group", "/workspace/ipc", "/home/node", "/home/node/.claude"}
 OWN |= {f"/workspace/ipc/{name}" for name in ("messages", "tasks", "input")}
 OWN |= {f"/home/node/.claude/{name}" for name in ("projects", "skills")}
-OWN |= {"/home/node/.claude/skills/browse", "/tmp", "/dev/shm"}
+OWN |= {f"/home/node/.claude/skills/{name}" for name in ("browse", "scheduling")}
+OWN |= {"/tmp", "/dev/shm"}
 
 
 def canaries(*pairs: tuple[str, str]) -> dict[str, str]:

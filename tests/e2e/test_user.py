@@ -80,7 +80,12 @@ def site() -> Iterator[Site]:
 
 def wanted(site: Site, **changes: object) -> str:
     """Return what host.py is to do."""
-    settings = {"root": str(site.root), "runtime": "bwrap", "min_free_bytes": 0}
+    settings = {
+        "root": str(site.root),
+        "runtime": "bwrap",
+        "agent": "echo",
+        "min_free_bytes": 0,
+    }
     return json.dumps(
         {
             "settings": settings,
