@@ -12,6 +12,7 @@ Processes may vanish between any two lines of this; a zombie counts as gone.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 from collections.abc import Iterator, Mapping
@@ -29,6 +30,10 @@ _PARENT: Final = 1
 _STARTED: Final = 19
 
 _PROC: Final = Path("/proc")
+
+#: What reading says of a process that is gone, or of another user's. Anything else, as
+#: a lack of descriptors, must not pass for that: a sandbox would count as gone.
+_GONE: Final = frozenset({errno.ENOENT, errno.ESRCH, errno.EACCES, errno.EPERM})
 
 _REAPER: Final = 1
 _AGENT: Final = 2
@@ -65,8 +70,10 @@ def read_process(pid: int) -> Process | None:
         # The name before it may hold anything, parentheses too.
         fields = _read(pid, "stat").rpartition(b") ")[2].split()
         status = _read(pid, "status")
-    except OSError:
-        return None
+    except OSError as exc:
+        if exc.errno in _GONE:
+            return None
+        raise
     if fields[_STATE] in b"ZXx":
         return None
     values = _values(status)
@@ -179,9 +186,10 @@ def _values(status: bytes) -> dict[bytes, bytes]:
 def _environment(pid: int) -> list[str]:
     try:
         return os.fsdecode(_read(pid, "environ")).split("\0")
-    except OSError:
-        # Gone, or another user's.
-        return []
+    except OSError as exc:
+        if exc.errno in _GONE:
+            return []
+        raise
 
 
 def _labels(variables: list[str]) -> dict[str, str]:
