@@ -24,6 +24,7 @@ from clawtrio import (
     NotStartedError,
     RuntimeUnavailableError,
 )
+from clawtrio._hostfs import Directory
 from clawtrio.testing import AgentPipes, FakeRuntime, framed
 
 from .helpers import (
@@ -331,6 +332,28 @@ async def test_a_socket_that_cannot_be_opened(
     assert runtime.specs == []
     assert list((tmp_path / "data" / "sockets").iterdir()) == []
     assert open_descriptors() == before
+
+
+async def test_a_socket_that_cannot_be_removed_is_left_for_a_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A full disk, say, is a warning, and no end of the engine."""
+    credential(tmp_path)
+    really_discard = Directory.discard
+
+    def discard(directory: Directory, name: str, trash: Directory) -> None:
+        if directory.path.endswith("sockets"):
+            raise OSError(28, "No space left on device")
+        really_discard(directory, name, trash)
+
+    async with opened(tmp_path) as (engine, _):
+        with monkeypatch.context() as patch:
+            patch.setattr(Directory, "discard", discard)
+            result = await engine.run(GROUP, "hi", chat_jid=JID)
+
+    assert result.status == "success"
+    assert "No space left on device" in caplog.text
+    assert len(list((tmp_path / "data" / "sockets").iterdir())) == 1
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "127.0.0.2", "::1"])

@@ -44,6 +44,7 @@ from clawtrio._agent import agent_python
 from clawtrio._bwrap import BwrapRuntime
 from clawtrio._docker import DockerRuntime
 from clawtrio._engine import choose_runtime
+from clawtrio._hostfs import Directory
 from clawtrio.testing import AgentPipes, FakeRuntime, framed, scripted_agent
 
 from .helpers import (
@@ -1481,6 +1482,38 @@ async def test_an_engine_opens_with_the_settings_of_the_environment(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
+async def test_an_agent_that_does_not_let_itself_be_closed(
+    tmp_path: Path,
+    autojump_clock: MockClock,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Who keeps us from telling it to finish is stopped, and harms nobody else."""
+    really_write = Directory.write
+
+    def write(directory: Directory, name: str, *args: Any, **options: Any) -> None:
+        if name == "_close":
+            raise UnsafePathError(name, "must be a file, and does not stay one")
+        really_write(directory, name, *args, **options)
+
+    monkeypatch.setattr(Directory, "write", write)
+    agent = scripted_agent(frame("hi"))
+    async with engine_on(tmp_path, FakeRuntime(agent), stdin="eof") as engine:
+        result = await engine.run(GROUP, "Hi", chat_jid=JID)
+
+    assert result.ending is Ending.IDLE
+    assert "cannot tell the agent to finish" in caplog.text
+
+
+async def test_a_closed_engine_plans_nothing(tmp_path: Path) -> None:
+    """Its directories are not held any more."""
+    async with engine_on(tmp_path, FakeRuntime(scripted_agent())) as engine:
+        pass
+
+    with pytest.raises(RuntimeError, match="closed"):
+        await engine.plan(GROUP)
+
+
 async def test_an_inbox_that_cannot_be_cleared_is_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -14,6 +14,7 @@ import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -534,6 +535,34 @@ def test_a_directory_that_comes_back_is_an_error(
         place.write("x", b"", trash=trash)
 
     assert place.names() == ["x"]
+
+
+def test_a_shut_directory_is_thrown_out_of(place: Directory, trash: Directory) -> None:
+    """An agent of our own uid cannot keep us from moving its files away."""
+    with place.subdirectory("box") as box:
+        box.write("file", b"")
+        box.subdirectory("directory").close()
+        with unprivileged(place, box, trash):
+            Path(f"/proc/self/fd/{box._fd}").chmod(0o555)
+            box.discard("file", trash)
+            Path(f"/proc/self/fd/{box._fd}").chmod(0o555)
+            box.discard("directory", trash)
+
+            assert box.names() == []
+            assert len(trash.names()) == 2
+
+
+def test_a_closed_directory_is_nobody_else_s(place: Directory, tmp_path: Path) -> None:
+    """Its number may be another's by then, who must not be written to."""
+    directory = place.subdirectory("x")
+    directory.close()
+    directory.close()
+    with place.subdirectory("y") as other:
+        assert other.path
+        for use in (directory.names, partial(directory.write, "z", b"")):
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                use()
+        assert other.names() == []
 
 
 def test_only_what_exists_is_opened(place: Directory, outside: Path) -> None:

@@ -199,6 +199,7 @@ async def test_what_a_group_may_not_do_is_refused(
         {**REGISTER, "folder": "errors"},
         {**REGISTER, "containerConfig": "x"},
         {**REGISTER, "containerConfig": {"timeout": -1}},
+        {**REGISTER, "containerConfig": {"timeout": 10**400}},
         {**REGISTER, "containerConfig": {"additionalMounts": [{}]}},
     ],
 )
@@ -295,6 +296,52 @@ async def test_a_request_that_was_not_dealt_with_comes_again(
         async with request:
             pass
     assert not path.exists()
+
+
+async def test_a_request_that_cannot_be_removed_is_said_once(
+    tmp_path: Path,
+    autojump_clock: MockClock,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """An agent that shuts its mailbox hears nothing twice, and ends no loop."""
+    put(tmp_path, "other", MESSAGE)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    async with requests_of(tmp_path) as requests:
+        request = await anext(requests)
+        with monkeypatch.context() as patch:
+            patch.setattr(Directory, "remove", refuse)
+            patch.setattr(Directory, "discard", refuse)
+            async with request:
+                pass
+        assert await all_of(requests) == []
+
+    assert "cannot remove a request of other" in caplog.text
+
+
+async def test_half_a_character_is_replaced(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    """What the bot cannot encode would come again and again."""
+    put(tmp_path, "other", {**MESSAGE, "text": "\ud83d!"})
+
+    async with requests_of(tmp_path) as requests:
+        (request,) = await all_of(requests)
+
+    assert isinstance(request, SendMessage)
+    assert request.text == "\ufffd!"
+
+
+async def test_a_closed_engine_has_no_requests(tmp_path: Path) -> None:
+    """Its directories are not held any more, and nothing else is read."""
+    async with requests_of(tmp_path) as requests:
+        pass
+
+    with pytest.raises(RuntimeError, match="closed"):
+        await anext(requests)
 
 
 async def test_mailboxes_of_nobody_are_left_alone(

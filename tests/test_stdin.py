@@ -17,7 +17,7 @@ from trio.testing import (
     wait_all_tasks_blocked,
 )
 
-from clawtrio import FollowUpRefusedError
+from clawtrio import FollowUpRefusedError, UnsafePathError
 from clawtrio._hostfs import Directory
 from clawtrio._run import RunLogger
 from clawtrio._stdin import QUEUE_LIMIT, FileWords, LifelineWords, write_words
@@ -188,6 +188,21 @@ async def test_the_prompt_is_read_once_its_writing_has_begun(
         await wait_all_tasks_blocked()
         assert words.unread() == frozenset()
         nursery.cancel_scope.cancel()
+
+
+def test_an_agent_that_is_faster_refuses_itself_a_follow_up(
+    directory: Directory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who puts something else in a file's place each time gets no message."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise UnsafePathError("1.json", "must be a file, and does not stay one")
+
+    monkeypatch.setattr(Directory, "write", refuse)
+    words = FileWords(FIRST, directory, "1f")
+
+    with pytest.raises(FollowUpRefusedError, match="does not stay one"):
+        words.send(1, "more")
 
 
 def test_follow_ups_are_files_in_order(directory: Directory) -> None:

@@ -9,6 +9,7 @@ it has one, or on the host's address in an open network.
 from __future__ import annotations
 
 import ipaddress
+import logging
 import os
 import socket
 from collections.abc import Mapping
@@ -25,6 +26,8 @@ from ._models import VolumeMount
 from ._netns import listen_on_device
 from ._proxy_tickets import Ticket
 from ._runtimes import RUN_CLAWTRIO, HeldMount
+
+log = logging.getLogger(__name__)
 
 #: The port of the proxy in a container; NanoClaw's.
 PORT: Final = 3001
@@ -81,7 +84,7 @@ def open_socket(access: Access, places: Places, name: str, stack: ExitStack) -> 
         OSError: If it cannot be opened.
     """
     directory = places.sockets.subdirectory(name)
-    stack.callback(places.sockets.discard, name, places.trash)
+    stack.callback(_discard, places, name)
     with directory:
         fd = directory.hold()
         stack.callback(os.close, fd)
@@ -98,6 +101,14 @@ def open_socket(access: Access, places: Places, name: str, stack: ExitStack) -> 
         listener=listener,
         mount=HeldMount(mount, fd, status.st_dev, status.st_ino, relabel=True),
     )
+
+
+def _discard(places: Places, name: str) -> None:
+    """Throw a run's directory away; what cannot be moved now is for a sweep."""
+    try:
+        places.sockets.discard(name, places.trash)
+    except OSError as exc:
+        log.warning("cannot remove %s/%s: %s", places.sockets.path, name, exc.strerror)
 
 
 def open_host(access: Access, host: str) -> Access:

@@ -312,7 +312,7 @@ class Engine:
                 left alone. By default those that had runs of this engine.
         """
         chats = self._chats if groups is None else groups
-        requests = Requests(self._places, chats, self._offload)
+        requests = Requests(self._places, chats, self._offload, self._check_open)
         try:
             await trio.lowlevel.checkpoint()
             yield requests

@@ -43,6 +43,8 @@ MAX_FILE_BYTES: Final = 2**20
 _TRIES: Final = 3
 
 _READ: Final = 2**16
+#: No descriptor; -1 would be none to Python, which then takes the current directory.
+_CLOSED: Final = 2**31 - 1
 _FLAGS: Final = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _WRONG_TYPE: Final = frozenset({errno.ENOTDIR, errno.ELOOP})
 _CONTROL: Final = re.compile("[\0-\x1f\x7f-\x9f]")
@@ -91,8 +93,10 @@ class Directory:
         self.close()
 
     def close(self) -> None:
-        """Close the descriptor."""
-        os.close(self._fd)
+        """Close the descriptor. Who uses this later gets an error, and no other's."""
+        fd, self._fd = self._fd, _CLOSED
+        if fd != _CLOSED:
+            os.close(fd)
 
     def subdirectory(
         self,
@@ -276,8 +280,11 @@ class Directory:
             try:
                 os.rename(name, target, src_dir_fd=self._fd, dst_dir_fd=trash._fd)
             except PermissionError:
-                # The ".." of a directory changes, which asks for leave to write in it.
-                self._permit(name)
+                # The ".." of a directory changes, which asks for leave to write in it;
+                # and an agent of our own uid can take it from the one that it is in.
+                for place in (name, "."):
+                    with suppress(OSError):
+                        self._permit(place)
                 os.rename(name, target, src_dir_fd=self._fd, dst_dir_fd=trash._fd)
 
     def _discard_wrong(self, name: str, trash: Directory, problem: str) -> None:

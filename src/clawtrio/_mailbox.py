@@ -21,6 +21,7 @@ from typing import Any, Final, Self, TypeAlias
 import attrs
 import trio
 
+from ._codec import well_formed
 from ._errors import GroupFolderError, UnsafePathError
 from ._groups import Places
 from ._hostfs import MAX_ENTRIES, Directory
@@ -149,7 +150,8 @@ def _text_of(fields: _Fields, name: str) -> str:
     value = fields.get(name)
     if not isinstance(value, str) or not value:
         raise ValueError(f"{name} must be text")
-    return value
+    # What JavaScript passes on and UTF-8 cannot say would fail in the bot.
+    return well_formed(value)
 
 
 def _id_of(fields: _Fields, name: str) -> str:
@@ -311,10 +313,12 @@ class Requests:
         places: Places,
         groups: Mapping[str, Group],
         offload: Callable[[Callable[[], None]], Awaitable[None]],
+        check_open: Callable[[], object],
     ) -> None:
         self._places = places
         self._groups = groups
         self._offload = offload
+        self._check_open = check_open
         self._watch = _Watch()
         self._found: list[Request] = []
         self._offered: set[_Place] = set()
@@ -330,6 +334,7 @@ class Requests:
     async def __anext__(self) -> Request:
         await trio.lowlevel.checkpoint()
         while not self._found:
+            self._check_open()
             await self._offload(self._look)
             if not self._found:
                 await self._watch.wait()
@@ -392,12 +397,17 @@ class Requests:
     def _settle(self, group: Group, place: _Place) -> None:
         """Remove the file of a request that was dealt with."""
         _, box_name, name = place
-        with (
-            self._places.open_ipc(group) as ipc,
-            self._places.open_in_ipc(ipc, box_name) as box,
-        ):
-            self._remove(box, name)
-        self._offered.discard(place)
+        try:
+            with (
+                self._places.open_ipc(group) as ipc,
+                self._places.open_in_ipc(ipc, box_name) as box,
+            ):
+                self._remove(box, name)
+        except (OSError, UnsafePathError) as exc:
+            # It stays among those that were offered, so nothing is done twice for it.
+            log.warning("cannot remove a request of %s: %s", group.folder, exc)
+        else:
+            self._offered.discard(place)
 
     def _remove(self, box: Directory, name: str) -> None:
         try:
@@ -409,6 +419,7 @@ class Requests:
 
 #: What comes of reading what an agent wrote, and of making sense of it.
 _MALFORMED: Final = (
-    *(AttributeError, KeyError, TypeError, ValueError, RecursionError),
+    *(AttributeError, KeyError, TypeError, ValueError),
+    *(ArithmeticError, RecursionError),
     *(GroupFolderError, UnsafePathError),
 )

@@ -131,9 +131,12 @@ class Outfitter:
             UnsafePathError: If a place on the host cannot be trusted.
             OSError: If something cannot be made.
         """
+        self._check_open()
         run_id = "0" * 12
         grants = self._grant(group, log, stack)
-        access = self._open_access(group, run_id, await self._find_gateway(), stack)
+        gateway = await self._find_gateway()
+        self._check_open()
+        access = self._open_access(group, run_id, gateway, stack)
         if access is not None and access.listener is not None:
             stack.callback(access.listener.socket.close)
         return self._specify(group, run_id, grants, access, stack)

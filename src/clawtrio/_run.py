@@ -299,7 +299,7 @@ class Run:
         self._turns.finished = True
         try:
             self._words.finish()
-        except OSError as exc:
+        except RUNTIME_FAILURES as exc:
             # The clock runs all the same, so the agent goes the hard way.
             self._logger.warning("cannot tell the agent to finish: %s", exc)
         # An agent that is working does not get more time for that.

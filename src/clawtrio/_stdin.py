@@ -15,7 +15,7 @@ from typing import Final, Protocol
 import trio
 
 from ._codec import CLOSE, encode_message
-from ._errors import FollowUpRefusedError
+from ._errors import FollowUpRefusedError, UnsafePathError
 from ._groups import Places
 from ._hostfs import Directory, Owner
 from ._models import Group
@@ -82,7 +82,7 @@ def open_words(
 def _clear_input(ipc: Directory, trash: Directory) -> None:
     try:
         ipc.discard("input", trash)
-    except OSError as exc:
+    except (OSError, UnsafePathError) as exc:
         # An agent of our own uid can forbid it; the next start tries again.
         log.warning("cannot clear %s/input: %s", ipc.path, exc)
 
@@ -183,7 +183,7 @@ class FileWords:
         _check_room(sum(self._written.values()), len(data))
         try:
             self._write_file(self._name(message_id), data)
-        except OSError as exc:
+        except (OSError, UnsafePathError) as exc:
             raise FollowUpRefusedError(f"cannot write it for the agent: {exc}") from exc
         self._written[message_id] = len(data)
 

@@ -201,7 +201,9 @@ class Site:
     def engine_files(self) -> list[str]:
         """List the files of engines that live, or were not seen to be dead."""
         engines = self.root / "data" / "engines"
-        files = engines.iterdir() if engines.exists() else ()
+        found = engines.iterdir() if engines.exists() else ()
+        # A socket beside a file goes with it.
+        files = [path for path in found if path.suffix != ".sock"]
         return [path.name for path in files if "dead" not in path.read_text()]
 
     def remains(self) -> list[str]:
