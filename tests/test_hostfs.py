@@ -541,8 +541,8 @@ def test_a_shut_directory_is_thrown_out_of(place: Directory, trash: Directory) -
     """An agent of our own uid cannot keep us from moving its files away."""
     with place.subdirectory("box") as box:
         box.write("file", b"")
-        box.subdirectory("directory").close()
         with unprivileged(place, box, trash):
+            box.subdirectory("directory").close()
             Path(f"/proc/self/fd/{box._fd}").chmod(0o555)
             box.discard("file", trash)
             Path(f"/proc/self/fd/{box._fd}").chmod(0o555)
