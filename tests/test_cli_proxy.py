@@ -71,8 +71,8 @@ async def test_it_says_where_it_is_and_what_was_used(
     captured = capfd.readouterr()
     assert codes == [0]
     assert captured.out == (
-        "1 requests to the API, 0 bytes up, 195 down; answers: 1 of status 200, "
-        "1 of status 429\n7 tokens in, 3 to and 2 from the cache, 5 out\n"
+        "1 API requests, 0 bytes up and 195 down, answers: 1 x 200, 1 x 429; "
+        "7 tokens in, 3 to and 2 from the cache, 5 out\n"
     )
     assert SECRET not in out + captured.out + captured.err
     assert "warning" not in captured.err

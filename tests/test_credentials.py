@@ -199,6 +199,35 @@ def test_a_file_written_this_moment_is_waited_for(
     assert secret_of(file) == "second"
 
 
+def test_a_last_line_without_its_end_is_waited_for(tmp_path: Path) -> None:
+    """It may be half of a key, or of where that belongs, for as long as a second."""
+    write(tmp_path, f"{KEY}=one\n{URL}=http://gateway.test\n")
+    file = file_in(tmp_path, interval=0.3)
+    assert secret_of(file) == "one"
+    time.sleep(0.31)
+
+    (tmp_path / ".env").write_text(f"{KEY}=second\n{URL}=http://gate")
+    moment = time.time() - 0.15
+    os.utime(tmp_path / ".env", (moment, moment))
+    assert secret_of(file) == "one"
+    time.sleep(0.31)
+
+    assert secret_of(file) == "second"
+
+
+def test_a_lost_base_url_is_a_lost_credential(tmp_path: Path) -> None:
+    """A gateway's key goes to nobody else because a line is missing for a moment."""
+    write(tmp_path, f"{KEY}=one\n{URL}=http://gateway.test\n")
+    file = file_in(tmp_path, grace=1.0)
+    assert secret_of(file) == "one"
+
+    write(tmp_path, f"{KEY}=second\n")
+
+    assert secret_of(file) == "one"
+    time.sleep(1.1)
+    assert secret_of(file) == "second"
+
+
 def test_a_file_written_just_before_the_first_look_is_believed(tmp_path: Path) -> None:
     """There is nothing older to keep."""
     write(tmp_path, f"{OAUTH}=one")

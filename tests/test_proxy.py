@@ -20,6 +20,7 @@ from trio.testing import wait_all_tasks_blocked
 from clawtrio import SettingsError, Usage
 from clawtrio._proxy import open_proxy
 from clawtrio._proxy_rules import ProxyLimits
+from clawtrio._proxy_tickets import tell_usage
 from clawtrio._proxy_upstream import check_credential
 
 from .upstream import (
@@ -210,7 +211,7 @@ async def test_a_token_dies_with_its_run(caplog: pytest.LogCaptureFixture) -> No
 
     mine = [r.getMessage() for r in caplog.records if r.__dict__.get("run") == "2e"]
     assert mine == [
-        "[other 2e] 1 API requests: 7 tokens in, 3 to and 2 from the cache, 5 out",
+        f"[other 2e] {tell_usage(other.usage)}",
         "[other 2e] a request without the token of a live run was refused",
     ]
 

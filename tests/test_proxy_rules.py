@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import h11
 import pytest
@@ -14,6 +15,7 @@ from clawtrio._proxy_rules import (
     check_request,
     check_route,
     choose_routes,
+    fit_limits,
     response_headers,
     tokens_of,
     upstream_headers,
@@ -135,6 +137,8 @@ def test_a_target_that_others_may_read_otherwise_is_refused(target: bytes) -> No
         b"Content-Length: 5\r\nContent-Length: 5\r\n",
         b"Content-Length: 5\r\nContent-length : 5\r\n",
         b"Content-Length: 5, 5\r\nContent-Length: 6\r\n",
+        b"Content-Length: 5, 5\r\n",
+        b"content-length : 5,5\r\n",
         b"Content-Length: +5\r\n",
         b"Content-Length: 0x5\r\n",
         b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n",
@@ -344,3 +348,17 @@ def test_limits_are_above_0(value: float) -> None:
     """A limit that makes no sense is refused."""
     with pytest.raises(ValueError, match="idle_timeout must be above 0"):
         ProxyLimits(idle_timeout=value)
+
+
+@pytest.mark.parametrize(
+    ("descriptors", "connections", "per_run"),
+    [(math.inf, 1000, 250), (1024, 412, 206), (256, 28, 14), (10, 2, 1)],
+)
+def test_a_bot_keeps_most_of_its_descriptors(
+    descriptors: float, connections: int, per_run: int
+) -> None:
+    """A hostile run can have each connection hold two of them."""
+    limits = fit_limits(ProxyLimits(), descriptors)
+
+    assert limits.max_connections == connections
+    assert limits.max_connections_per_run == per_run

@@ -385,7 +385,7 @@ def test_sizes(number: int, unit: str, lower: bool, tail: str, space: str) -> No
 def test_the_environment_beats_the_file(
     monkeypatch: pytest.MonkeyPatch, root: Path
 ) -> None:
-    """What is exported overrides what is written down, and an empty variable both."""
+    """What is exported overrides what is written down; an empty variable is none."""
     (root / ".env").write_text(
         "CLAWTRIO_PIDS=1\nCLAWTRIO_CPUS=1\nCLAWTRIO_STOP_GRACE=1\nCLAWTRIO_MODEL=\n"
     )
@@ -394,7 +394,7 @@ def test_the_environment_beats_the_file(
 
     settings = Settings.load()
 
-    assert (settings.pids, settings.cpus, settings.stop_grace) == (2, 2.0, 1.0)
+    assert (settings.pids, settings.cpus, settings.stop_grace) == (2, 1.0, 1.0)
     assert settings.model is None
 
 

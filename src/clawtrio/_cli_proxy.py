@@ -10,8 +10,8 @@ import trio
 from ._cli_runs import UsageError
 from ._cli_terminal import Interrupts, note, write
 from ._credentials import CredentialFile
-from ._models import Usage
 from ._proxy import open_proxy
+from ._proxy_tickets import tell_usage
 from ._settings import Settings
 
 
@@ -48,17 +48,5 @@ async def serve_proxy(
                 note(f"for {base}, by {credential.variable}; Ctrl-C ends it")
                 await over.wait()
                 nursery.cancel_scope.cancel()
-    write(_told(ticket.usage))
+    write(f"{tell_usage(ticket.usage)}\n")
     return 0
-
-
-def _told(usage: Usage) -> str:
-    statuses = ", ".join(f"{n} of status {status}" for status, n in usage.statuses)
-    return (
-        f"{usage.requests} requests to the API, {usage.request_bytes} bytes up, "
-        f"{usage.response_bytes} down; answers: {statuses or 'none'}\n"
-        f"{usage.input_tokens} tokens in, "
-        f"{usage.cache_creation_input_tokens} to and "
-        f"{usage.cache_read_input_tokens} from the cache, "
-        f"{usage.output_tokens} out\n"
-    )

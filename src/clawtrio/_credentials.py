@@ -221,14 +221,17 @@ class CredentialFile:
             if self._lost_since is None:
                 self._lost_since = now
             if now - self._lost_since < self._grace:
-                self._warn(f"{self._path} has no credential now")
+                self._warn(f"{self._path} has lost its credential, or its base URL")
                 return
         self._lines, self._credential, self._error = lines, found, None
         self._lost_since, self._warned = None, ""
 
     def _has_lost(self, lines: Mapping[str, str]) -> bool:
-        return any(map(self._lines.get, _VARIABLES)) and not any(
-            map(lines.get, _VARIABLES)
+        """Whether the credential is gone, or where it belongs: nowhere else."""
+        had = any(map(self._lines.get, _VARIABLES))
+        has = any(map(lines.get, _VARIABLES))
+        return (had and not has) or bool(
+            self._lines.get(_BASE_URL) and not lines.get(_BASE_URL)
         )
 
     def _keep(self, error: CredentialsError) -> None:
@@ -256,6 +259,10 @@ class CredentialFile:
         if not stat.S_ISREG(status.st_mode) or status.st_size > _LARGEST_FILE:
             raise OSError(errno.EINVAL, "it is not a file of settings")
         text = self._path.read_text(encoding="utf-8-sig")
+        age = time.time() - status.st_mtime
+        if not first and not text.endswith("\n") and 0 <= age < self._interval:
+            # The last line may be half of a key, or of a URL: give it some time.
+            return self._lines
         values = dotenv_values(stream=StringIO(text), interpolate=False)
         self._known = {k: v for k, v in values.items() if v is not None}
         self._stamp = stamp

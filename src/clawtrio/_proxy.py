@@ -8,13 +8,15 @@ container's requests come here is not our business: we are given listeners.
 from __future__ import annotations
 
 import logging
+import math
+import resource
 from collections.abc import AsyncIterator, Iterable
 from contextlib import AbstractContextManager, asynccontextmanager
 
 import trio
 
 from ._proxy_client import ClientConnection, Credentials, Service
-from ._proxy_rules import ProxyLimits, choose_routes
+from ._proxy_rules import ProxyLimits, choose_routes, fit_limits
 from ._proxy_tickets import Ticket, TicketOffice
 from ._proxy_upstream import Upstream
 
@@ -131,12 +133,16 @@ async def open_proxy(
             :class:`~clawtrio._credentials.CredentialFile`; looked at for each request.
         paths: API paths that may be called, in place of those that the Claude CLI
             needs.
-        limits: How much it takes, and how long it waits.
+        limits: How much it takes, and how long it waits; by default what fits the
+            descriptors that this process may have.
 
     Raises:
         SettingsError: If one of *paths* can never be allowed.
     """
-    limits = limits or ProxyLimits()
+    if limits is None:
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        unlimited = soft == resource.RLIM_INFINITY
+        limits = fit_limits(ProxyLimits(), math.inf if unlimited else soft)
     service = Service(
         credentials=credentials,
         office=TicketOffice(),

@@ -43,6 +43,7 @@ _READ_SIZE: Final = 2**16
 #: Seconds for a client to read a last answer: closing before it has sent all would
 #: take the answer from it.
 _LINGER: Final = 2.0
+_TOO_LONG: Final = "the request is too long, malformed, or broken off"
 
 
 class Credentials(Protocol):
@@ -132,8 +133,10 @@ class ClientConnection:
             if not isinstance(event, h11.Request):
                 return None
             self._method = event.method
-            rest = self._http.trailing_data[0]
-            check_request(bytes(received[: len(received) - len(rest)]), event)
+            head = bytes(received[: len(received) - len(self._http.trailing_data[0])])
+            if len(head) > limits.max_header_bytes:
+                raise RefusedError(431, "invalid_request_error", _TOO_LONG)
+            check_request(head, event)
             return event
         if not received:
             return None
@@ -145,8 +148,7 @@ class ClientConnection:
         except h11.RemoteProtocolError as exc:
             # Its words quote the client.
             status = 431 if exc.error_status_hint == HTTPStatus(431) else 400
-            message = "the request is too long, malformed, or broken off"
-            raise RefusedError(status, "invalid_request_error", message) from None
+            raise RefusedError(status, "invalid_request_error", _TOO_LONG) from None
 
     def _admit(self, request: h11.Request) -> Credential:
         service = self._service

@@ -65,6 +65,9 @@ _SINGLE: Final = re.compile(
     rb"\r\n(content-length|transfer-encoding|host|expect)[ \t]*:", re.IGNORECASE
 )
 
+#: Two lengths in one: what reads them as one drops the other.
+_LENGTHS: Final = re.compile(rb"\r\ncontent-length[ \t]*:[^\r]*,", re.IGNORECASE)
+
 _HOP_BY_HOP: Final = frozenset(
     {
         b"connection",
@@ -142,6 +145,9 @@ def _limit(default: Any) -> Any:
     return attrs.field(default=default, validator=_positive)
 
 
+#: Descriptors for all else that a bot has open: of the usual 1024 it keeps these.
+_RESERVED_DESCRIPTORS: Final = 200
+
 #: A body of events, one after the other.
 EVENT_STREAM: Final = b"text/event-stream"
 
@@ -179,6 +185,21 @@ class ProxyLimits:
     silence_timeout: float = _limit(600.0)
     stream_timeout: float = _limit(60.0)
     total_timeout: float = _limit(3600.0)
+
+
+def fit_limits(limits: ProxyLimits, descriptors: float) -> ProxyLimits:
+    """Take no more connections than leave the bot most of its descriptors.
+
+    Args:
+        limits: What would be taken.
+        descriptors: How many the process may have. A request takes two.
+    """
+    most = max(int(min(descriptors, 2**20) - _RESERVED_DESCRIPTORS) // 2, 2)
+    return attrs.evolve(
+        limits,
+        max_connections=min(limits.max_connections, most),
+        max_connections_per_run=min(limits.max_connections_per_run, most // 2),
+    )
 
 
 def choose_routes(paths: Iterable[str] | None) -> frozenset[Route]:
@@ -245,7 +266,7 @@ def _check_head(head: bytes, request: h11.Request) -> None:
         raise _malformed("speak HTTP/1.1")
     if _UNCLEAN.search(head):
         raise _malformed("the head has folded lines or control characters")
-    if len(set(named)) < len(named):
+    if len(set(named)) < len(named) or _LENGTHS.search(head):
         raise _malformed("a header that must come once comes twice")
     if b"content-length" in headers and b"transfer-encoding" in headers:
         raise _malformed("Content-Length and Transfer-Encoding exclude each other")

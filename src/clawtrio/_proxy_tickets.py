@@ -122,14 +122,18 @@ class Ticket:
         self.is_live = False
         for scope in self.connections | self.listeners:
             scope.cancel()
-        used = self.usage
-        self._log(
-            logging.INFO,
-            f"{used.requests} API requests: {used.input_tokens} tokens in, "
-            f"{used.cache_creation_input_tokens} to and "
-            f"{used.cache_read_input_tokens} from the cache, "
-            f"{used.output_tokens} out",
-        )
+        self._log(logging.INFO, tell_usage(self.usage))
+
+
+def tell_usage(used: Usage) -> str:
+    """Say in one line what was used."""
+    statuses = ", ".join(f"{count} x {status}" for status, count in used.statuses)
+    return (
+        f"{used.requests} API requests, {used.request_bytes} bytes up and "
+        f"{used.response_bytes} down, answers: {statuses or 'none'}; "
+        f"{used.input_tokens} tokens in, {used.cache_creation_input_tokens} to and "
+        f"{used.cache_read_input_tokens} from the cache, {used.output_tokens} out"
+    )
 
 
 class TicketOffice:

@@ -214,13 +214,18 @@ def _field(
     )
 
 
+def _shown(number: float) -> str:
+    # Sizes are whole, and nobody reads 1.67772e+07 as 16 MiB.
+    return f"{number}" if isinstance(number, int) else f"{number:g}"
+
+
 def _check_bounds(
     value: float, low: float | None, above: float | None, *, finite: bool
 ) -> None:
     if low is not None and value < low:
-        raise ValueError(f"must be at least {low:g}, not {value:g}")
+        raise ValueError(f"must be at least {_shown(low)}, not {_shown(value)}")
     if above is not None and value <= above:
-        raise ValueError(f"must be above {above:g}, not {value:g}")
+        raise ValueError(f"must be above {_shown(above)}, not {_shown(value)}")
     if finite and math.isinf(value):
         raise ValueError("must be finite")
 
@@ -354,11 +359,11 @@ class Settings:
         except (OSError, UnicodeDecodeError) as exc:
             raise SettingsError("root", f"cannot read {dotenv}: {exc}") from exc
         found = {name: value for name, value in lines.items() if value is not None}
-        found.update(os.environ)
+        # An empty variable is how a shell or a unit file unsets one.
+        found.update({name: value for name, value in os.environ.items() if value})
         values: dict[str, Any] = {
             field.name: found[variable]
             for field in attrs.fields(cls)
-            # An empty variable is how a shell or a unit file unsets one.
             if found.get(variable := _PREFIX + field.name.upper())
         }
         return cls(**values | {"root": place})

@@ -5,7 +5,8 @@ Everything of the engine is real but the container, and nothing uses a thread, s
 
     hello = framed(b'{"status": "success", "result": "Hello"}')
     agent = scripted_agent(hello, exit_code=0)
-    async with open_engine(Settings(root=tmp_path), FakeRuntime(agent)) as engine:
+    settings = Settings(root=tmp_path, agent="echo")  # which needs no credential
+    async with open_engine(settings, FakeRuntime(agent)) as engine:
         result = await engine.run(group, "Hi", chat_jid="tg:42")
 """
 
