@@ -182,7 +182,7 @@ async def test_what_a_group_may_not_do_is_refused(
         assert await all_of(requests) == []
 
     assert not path.exists()
-    assert f"refused {folder} a request" in caplog.text
+    assert f"[{folder}] refused a request" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -319,7 +319,7 @@ async def test_a_request_that_cannot_be_removed_is_said_once(
                 pass
         assert await all_of(requests) == []
 
-    assert "cannot remove a request of other" in caplog.text
+    assert "[other] cannot remove a request" in caplog.text
 
 
 async def test_half_a_character_is_replaced(
@@ -384,7 +384,7 @@ async def test_a_mailbox_that_cannot_be_opened_is_warned_about_once(
     async with requests_of(tmp_path) as requests:
         assert len(await all_of(requests)) == 1
 
-    assert caplog.text.count("cannot look into main's mail") == 1
+    assert caplog.text.count("[main] cannot look into its mail") == 1
 
 
 async def test_a_request_is_there_at_once(tmp_path: Path) -> None:

@@ -322,7 +322,7 @@ class Requests:
         self._watch = _Watch()
         self._found: list[Request] = []
         self._offered: set[_Place] = set()
-        self._warned: set[str] = set()
+        self._warned: set[tuple[str, str]] = set()
 
     def close(self) -> None:
         """Look no longer."""
@@ -355,16 +355,14 @@ class Requests:
                             self._watch.add(box)
                             self._take(group, name, box)
             except (OSError, UnsafePathError) as exc:
-                if group.folder not in self._warned:
-                    self._warned.add(group.folder)
-                    log.warning("cannot look into %s's mail: %s", group.folder, exc)
+                self._warn(group, "closed", f"cannot look into its mail: {exc}")
 
     def _take(self, group: Group, box_name: str, box: Directory) -> None:
         names = box.names()
         mail = [name for name in names if name.endswith(".json")]
         if len(names) == MAX_ENTRIES and not mail:
             # There may be mail behind it.
-            log.warning("%s is full of other files: discarded", one_line(box.path))
+            self._warn(group, "full", "its mail is full of other files: discarded")
             for name in names:
                 box.discard(name, self._places.trash)
         places = [(group.folder, box_name, name) for name in mail]
@@ -383,16 +381,24 @@ class Requests:
                 raise ValueError("wrong directory")
             request = parse_request(fields, group, self._groups, settle)
         except _RefusedError as exc:
-            log.warning("refused %s a request: %s", group.folder, exc)
+            self._warn(group, "refused", f"refused a request: {exc}")
             self._remove(box, name)
         except _MALFORMED as exc:
             kind = type(exc).__name__
-            log.warning("%s wrote a malformed request: %s", group.folder, kind)
+            self._warn(group, kind, f"wrote a malformed request: {kind}")
             full = len(self._places.errors.names()) >= _MAX_ERRORS
             box.discard(name, self._places.trash if full else self._places.errors)
         else:
             self._offered.add(place)
             self._found.append(request)
+
+    def _warn(self, group: Group, kind: str, problem: str) -> None:
+        """Warn once of each kind of trouble: an agent could fill the host's log."""
+        key = (group.folder, kind)
+        level = logging.DEBUG if key in self._warned else logging.WARNING
+        self._warned.add(key)
+        extra = {"group": group.folder}
+        log.log(level, "[%s] %s", group.folder, one_line(problem), extra=extra)
 
     def _settle(self, group: Group, place: _Place) -> None:
         """Remove the file of a request that was dealt with."""
@@ -405,7 +411,7 @@ class Requests:
                 self._remove(box, name)
         except (OSError, UnsafePathError) as exc:
             # It stays among those that were offered, so nothing is done twice for it.
-            log.warning("cannot remove a request of %s: %s", group.folder, exc)
+            self._warn(group, "removed", f"cannot remove a request: {exc}")
         else:
             self._offered.discard(place)
 

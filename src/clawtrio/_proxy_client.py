@@ -225,7 +225,12 @@ class ClientConnection:
         self, request: h11.Request, credential: Credential, watch: Callable[[], None]
     ) -> bool:
         body = self._body(watch)
-        response = await self._service.upstream.begin(request, body, credential)
+        assert self._ticket is not None
+        # Once for each trouble: an agent that tries again could fill the host's log.
+        tell = self._ticket.warn_once
+        response = await self._service.upstream.begin(
+            request, body, credential, tell=tell
+        )
         try:
             watch()
             await self._answer(response, credential)
@@ -275,7 +280,7 @@ class ClientConnection:
                         self._ticket.count_response_bytes(len(chunk))
                         meter.feed(chunk)
         except UPSTREAM_ERRORS as exc:
-            raise upstream_failure(exc) from None
+            raise upstream_failure(exc, self._ticket.warn_once) from None
         finally:
             meter.close()
         await self._send(h11.EndOfMessage())

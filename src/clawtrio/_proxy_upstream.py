@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import ssl
-from collections.abc import AsyncIterable
+from collections.abc import AsyncIterable, Callable
 from typing import Any, Final, Literal
 
 import attrs
@@ -101,9 +101,20 @@ class Upstream:
         await self._pool.aclose()
 
     async def begin(
-        self, request: h11.Request, body: AsyncIterable[bytes], credential: Credential
+        self,
+        request: h11.Request,
+        body: AsyncIterable[bytes],
+        credential: Credential,
+        *,
+        tell: Callable[[str], object],
     ) -> httpcore2.Response:
         """Send a client's request, and return the response once its head is there.
+
+        Args:
+            request: The client's.
+            body: Its body.
+            credential: What it gets.
+            tell: Told what goes wrong with the API.
 
         Raises:
             RefusedError: If there is no response.
@@ -126,17 +137,16 @@ class Upstream:
         try:
             response = await self._pool.handle_async_request(wanted)
         except UPSTREAM_ERRORS as exc:
-            raise upstream_failure(exc) from None
+            raise upstream_failure(exc, tell) from None
         if media_type(response.headers) == EVENT_STREAM:
             # The body is yet to be read, and by this.
             timeouts["read"] = self._stream_timeout
         return response
 
 
-def upstream_failure(exc: Exception) -> RefusedError:
-    """Log what went wrong with the API, and return what to tell the client."""
-    reason = _reason(exc)
-    log.warning("the API did not answer as it should: %s", reason)
+def upstream_failure(exc: Exception, tell: Callable[[str], object]) -> RefusedError:
+    """Tell what went wrong with the API, and return what to answer the client."""
+    tell(f"the API did not answer as it should: {_reason(exc)}")
     if isinstance(exc, httpcore2.TimeoutException):
         return RefusedError(504, "timeout_error", "the API is too slow", retry=True)
     return RefusedError(502, "api_error", "the API cannot be reached", retry=True)
@@ -195,7 +205,9 @@ async def check_credential(
     )
     try:
         with trio.fail_after(check_timeout):
-            response = await upstream.begin(request, _question(), credential)
+            response = await upstream.begin(
+                request, _question(), credential, tell=log.debug
+            )
             await response.aclose()
     except trio.TooSlowError:
         detail = f"{where} has not answered in {check_timeout:g} s"
