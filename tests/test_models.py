@@ -14,6 +14,7 @@ from hypothesis import example, given, strategies as st
 from clawtrio import (
     AdditionalMount,
     AgentOutput,
+    AllowedRoot,
     ContainerConfig,
     Ending,
     Group,
@@ -146,13 +147,13 @@ def test_a_timeout_of_a_group_is_taken(timeout: float | None) -> None:
 
 def test_paths_are_text_whatever_they_came_as() -> None:
     """Any path-like is taken, and text is what is kept."""
-    mount = AdditionalMount(Path("/a"), Path("b"))  # type: ignore[arg-type]
+    mount = AdditionalMount(Path("/a"), Path("b"))
 
     assert mount == AdditionalMount("/a", "b", readonly=True)
     assert AdditionalMount("/a").container_path is None
     assert VolumeMount(
-        Path("/a"),  # type: ignore[arg-type]
-        Path("/b"),  # type: ignore[arg-type]
+        Path("/a"),
+        Path("/b"),
         readonly=False,
     ) == VolumeMount("/a", "/b", readonly=False)
 
@@ -200,3 +201,13 @@ def test_endings_are_those_of_the_contract() -> None:
 def test_a_result_is_told_by_name() -> None:
     """A result's fields are keyword-only, so that others can be added."""
     assert all(field.kw_only for field in attrs.fields(RunResult))
+
+
+def test_paths_are_text_whatever_they_were_given_as() -> None:
+    """Anything like a path is taken, but bytes, which no runtime could be told."""
+    mount = AdditionalMount(Path("/srv/x"), Path("y"))
+    assert (mount.host_path, mount.container_path) == ("/srv/x", "y")
+    assert VolumeMount(Path("/a"), "/b", readonly=True).host_path == "/a"
+    assert AllowedRoot(Path("/a")).path == "/a"
+    with pytest.raises(TypeError, match="must be text"):
+        AdditionalMount(b"/x")  # type: ignore[arg-type]

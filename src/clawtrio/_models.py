@@ -44,6 +44,14 @@ def _aware(moment: datetime | str) -> datetime:
     return moment
 
 
+def _path(path: str | os.PathLike[str]) -> str:
+    text = os.fspath(path)
+    # Unlike what the annotation says, it may be bytes; no runtime could be told those.
+    if not isinstance(text, str):
+        raise TypeError(f"a path must be text, not {path!r}")
+    return text
+
+
 def _mounts(mounts: Iterable[AdditionalMount]) -> tuple[AdditionalMount, ...]:
     return tuple(mounts)
 
@@ -67,9 +75,9 @@ class AdditionalMount:
         readonly: False asks for write access, which the allowlist may refuse.
     """
 
-    host_path: str = attrs.field(converter=os.fspath)
+    host_path: str = attrs.field(converter=_path)
     container_path: str | None = attrs.field(
-        default=None, converter=attrs.converters.optional(os.fspath)
+        default=None, converter=attrs.converters.optional(_path)
     )
     readonly: bool = True
 
@@ -180,8 +188,8 @@ class VolumeMount:
         readonly: Whether the container may only read it.
     """
 
-    host_path: str = attrs.field(converter=os.fspath)
-    container_path: str = attrs.field(converter=os.fspath)
+    host_path: str = attrs.field(converter=_path)
+    container_path: str = attrs.field(converter=_path)
     readonly: bool
 
 
@@ -195,7 +203,7 @@ class AllowedRoot:
         description: What people are told of it.
     """
 
-    path: str = attrs.field(converter=os.fspath)
+    path: str = attrs.field(converter=_path)
     allow_read_write: bool = False
     description: str | None = None
 
