@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -958,3 +959,31 @@ def test_filters_are_counted_on_old_kernels(monkeypatch: pytest.MonkeyPatch) -> 
     assert process is not None
     assert (process.parent, process.inner_pid, process.filters) == (4, 1, 2)
     assert json.dumps(process.id) == '"5:22"'
+
+
+@pytest.mark.parametrize("error", [errno.ESRCH, errno.ENOENT, errno.EACCES])
+def test_a_process_that_cannot_be_read_is_gone(
+    monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    """It has ended, or is another user's."""
+
+    def refuse(*_: object) -> bytes:
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(_bwrap_procs, "_read", refuse)
+
+    assert _bwrap_procs.read_process(os.getpid()) is None
+    assert _bwrap_procs._environment(os.getpid()) == []
+
+
+def test_a_lack_of_descriptors_is_nobody_s_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a sandbox would count as gone, and be left behind."""
+
+    def refuse(*_: object) -> bytes:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(_bwrap_procs, "_read", refuse)
+
+    for read in (_bwrap_procs.read_process, _bwrap_procs._environment):
+        with pytest.raises(OSError, match="Too many open files"):
+            read(os.getpid())
