@@ -199,14 +199,17 @@ def test_a_file_written_this_moment_is_waited_for(
     assert secret_of(file) == "second"
 
 
-def test_a_last_line_without_its_end_is_waited_for(tmp_path: Path) -> None:
-    """It may be half of a key, or of where that belongs, for as long as a second."""
+@pytest.mark.parametrize(
+    "half", [f"{URL}=http://gate", f"{URL}='http://gate\n", f'{URL}="http://gate\n']
+)
+def test_half_a_line_is_waited_for(tmp_path: Path, half: str) -> None:
+    """A line without its end, or its other quote, may be half a key or URL."""
     write(tmp_path, f"{KEY}=one\n{URL}=http://gateway.test\n")
     file = file_in(tmp_path, interval=0.3)
     assert secret_of(file) == "one"
     time.sleep(0.31)
 
-    (tmp_path / ".env").write_text(f"{KEY}=second\n{URL}=http://gate")
+    (tmp_path / ".env").write_text(f"{KEY}=second\n{half}")
     moment = time.time() - 0.15
     os.utime(tmp_path / ".env", (moment, moment))
     assert secret_of(file) == "one"

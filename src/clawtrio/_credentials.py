@@ -21,7 +21,7 @@ from typing import Final, Literal
 from urllib.parse import urlsplit
 
 import attrs
-from dotenv import dotenv_values
+from dotenv.parser import parse_stream
 
 from ._errors import CredentialsError
 
@@ -259,11 +259,16 @@ class CredentialFile:
         if not stat.S_ISREG(status.st_mode) or status.st_size > _LARGEST_FILE:
             raise OSError(errno.EINVAL, "it is not a file of settings")
         text = self._path.read_text(encoding="utf-8-sig")
+        bindings = list(parse_stream(StringIO(text)))
+        is_whole = text.endswith("\n") and not any(line.error for line in bindings)
         age = time.time() - status.st_mtime
-        if not first and not text.endswith("\n") and 0 <= age < self._interval:
+        if not first and not is_whole and 0 <= age < self._interval:
             # The last line may be half of a key, or of a URL: give it some time.
             return self._lines
-        values = dotenv_values(stream=StringIO(text), interpolate=False)
-        self._known = {k: v for k, v in values.items() if v is not None}
+        self._known = {
+            line.key: line.value
+            for line in bindings
+            if line.key is not None and line.value is not None
+        }
         self._stamp = stamp
         return self._known
