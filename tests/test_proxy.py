@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import socket
 import ssl
 import traceback
 from collections.abc import Awaitable, Callable
@@ -453,6 +454,40 @@ async def breaking_rules(call: Call) -> None:
     await call.read()
     await call.head(200, SSE)
     await call.raw(b"what?\r\n")
+
+
+async def test_each_record_says_of_whom_it_is(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Group and run are in all that a run brings about, warned of or not."""
+    caplog.set_level(logging.DEBUG, "clawtrio")
+
+    def fail(_: Wallet) -> None:
+        raise ZeroDivisionError
+
+    async with open_world(breaking_off, is_sound=False, own_listener=True) as world:
+        await world.ask()
+        await world.ask("GET", "/api/oauth/profile")
+        client = await world.connect()
+        await client.stream.send_all(b"POST")
+        await until(lambda: world.ticket.connections)
+        linger = b"\x01\0\0\0\0\0\0\0"
+        client.stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        await client.stream.aclose()
+        await until(lambda: not world.ticket.connections)
+        monkeypatch.setattr(Wallet, "current", fail)
+        client = await world.connect()
+        async with client.stream:
+            await client.send(world.head())
+            await until(lambda: "connection to" in caplog.text)
+
+    records = [r for r in caplog.records if r.name.startswith("clawtrio._proxy")]
+    assert {(r.__dict__["group"], r.__dict__["run"]) for r in records} == {
+        ("family", "1f")
+    }
+    said = "\n".join(r.getMessage() for r in records)
+    for words in ("did not answer", "refused: 403", "has left", "connection to"):
+        assert words in said
 
 
 @pytest.mark.parametrize("handler", [breaking_off, breaking_chunks, breaking_rules])

@@ -84,7 +84,10 @@ class Proxy:
             except Exception:
                 # What a client or the API can bring about here ends its connection, and
                 # not the bot. It is a bug of ours all the same.
-                log.exception("a connection to the credential proxy failed")
+                extra = ticket.extra if ticket else None
+                log.exception(
+                    "a connection to the credential proxy failed", extra=extra
+                )
             finally:
                 self._connections -= 1
 

@@ -101,7 +101,7 @@ class ClientConnection:
                 if self._http.our_state in {h11.DONE, h11.MUST_CLOSE}:
                     await self._linger()
         except trio.BrokenResourceError:
-            log.debug("a client has left")
+            self._debug("a client has left")
         finally:
             if self._ticket is not None:
                 self._ticket.connections.discard(self._scope)
@@ -287,7 +287,7 @@ class ClientConnection:
 
     async def _refuse(self, refusal: RefusedError) -> None:
         """Answer in the API's place."""
-        log.debug("refused: %s", refusal)
+        self._debug(f"refused: {refusal}")
         if self._ticket is not None:
             self._ticket.count_status(refusal.status)
         answer: list[h11.Event] = [
@@ -298,6 +298,10 @@ class ClientConnection:
         if self._method == b"HEAD":
             del answer[1]
         await self._send(*answer)
+
+    def _debug(self, message: str) -> None:
+        tell = log.debug if self._ticket is None else self._ticket.debug
+        tell(message)
 
     async def _send(self, *events: h11.Event) -> None:
         data = b"".join(self._http.send(event) or b"" for event in events)

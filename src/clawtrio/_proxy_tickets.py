@@ -64,6 +64,11 @@ class Ticket:
         return f"<Ticket of {self.group_folder} {self.run_id}>"
 
     @property
+    def extra(self) -> dict[str, str]:
+        """What each log record about this run has."""
+        return {"group": self.group_folder, "run": self.run_id}
+
+    @property
     def usage(self) -> Usage:
         """What was asked of the API so far."""
         return Usage(
@@ -111,11 +116,13 @@ class Ticket:
             self._said.add(problem)
             self._log(logging.WARNING, problem)
 
+    def debug(self, message: str) -> None:
+        """Log what happens to this run, for whoever wants to know."""
+        self._log(logging.DEBUG, message)
+
     def _log(self, level: int, message: str) -> None:
-        extra = {"group": self.group_folder, "run": self.run_id}
-        log.log(
-            level, "[%s %s] %s", self.group_folder, self.run_id, message, extra=extra
-        )
+        name = f"{self.group_folder} {self.run_id}"
+        log.log(level, "[%s] %s", name, message, extra=self.extra)
 
     def end(self) -> None:
         """Be good no longer, and say what it was used for."""
