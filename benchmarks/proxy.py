@@ -26,6 +26,7 @@ from rich.table import Table
 
 from clawtrio._credentials import BaseUrl, Credential
 from clawtrio._proxy import open_proxy
+from clawtrio._proxy_rules import ProxyLimits
 
 #: What the Claude CLI sends, and an answer of a few sentences.
 REQUEST_BODY = b"x" * 42_000
@@ -201,7 +202,9 @@ async def be_ours(upstream_port: int) -> None:
             return credential
 
     (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
-    async with open_proxy(Fixed()) as proxy:
+    # All its clients are one run.
+    limits = ProxyLimits(max_connections_per_run=10 * STREAMS)
+    async with open_proxy(Fixed(), limits=limits) as proxy:
         with proxy.admit("bench", "0") as ticket:
             print(listener.socket.getsockname()[1], ticket.token, flush=True)
             await proxy.serve(listener)

@@ -82,7 +82,8 @@ async def test_two_hundred_streams_at_once() -> None:
         hashes[name] = hashlib.sha256(answer.body).hexdigest()
         peak = max(peak, memory()) if name % 20 == 0 else peak
 
-    async with open_world(streaming) as world:
+    limits = ProxyLimits(max_connections_per_run=STREAMS)
+    async with open_world(streaming, limits=limits) as world:
         await world.ask(body=b"0")
         before = memory()
         with trio.fail_after(170):

@@ -147,6 +147,8 @@ def _limit(default: Any) -> Any:
 
 #: Descriptors for all else that a bot has open: of the usual 1024 it keeps these.
 _RESERVED_DESCRIPTORS: Final = 200
+#: One run may have this part of all connections.
+_SHARES: Final = 5
 
 #: A body of events, one after the other.
 EVENT_STREAM: Final = b"text/event-stream"
@@ -175,7 +177,7 @@ class ProxyLimits:
     """
 
     max_connections: int = _limit(1000)
-    max_connections_per_run: int = _limit(250)
+    max_connections_per_run: int = _limit(64)
     max_header_bytes: int = _limit(64 * KIB)
     max_body_bytes: int = _limit(64 * MIB)
     idle_timeout: float = _limit(75.0)
@@ -188,7 +190,7 @@ class ProxyLimits:
 
 
 def fit_limits(limits: ProxyLimits, descriptors: float) -> ProxyLimits:
-    """Take no more connections than leave the bot most of its descriptors.
+    """Take no more connections than there are descriptors for, and share them.
 
     Args:
         limits: What would be taken.
@@ -198,7 +200,9 @@ def fit_limits(limits: ProxyLimits, descriptors: float) -> ProxyLimits:
     return attrs.evolve(
         limits,
         max_connections=min(limits.max_connections, most),
-        max_connections_per_run=min(limits.max_connections_per_run, most // 2),
+        max_connections_per_run=min(
+            limits.max_connections_per_run, max(most // _SHARES, 1)
+        ),
     )
 
 
