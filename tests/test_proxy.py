@@ -281,6 +281,31 @@ async def test_what_is_not_on_the_list_goes_nowhere() -> None:
             pass
 
 
+@pytest.mark.parametrize(
+    ("base", "path"),
+    [
+        ("/api", "/oauth/x"),
+        ("/gate/API", "/oauth/x"),
+        ("/v1", "/files"),
+        ("/v1/messages", "/batches"),
+    ],
+)
+async def test_a_base_url_s_path_opens_no_other_way(base: str, path: str) -> None:
+    """What is never to be called is not called by halves."""
+    async with open_world(path=base, paths=[path]) as world:
+        answer = await world.ask(target=path)
+
+        assert (answer.status, answer.error) == (403, "permission_error")
+        assert world.ticket.usage.requests == 0
+        assert world.api.connections == 0
+
+
+async def test_a_gateway_s_path_may_be_any() -> None:
+    """Of what is before the path of a request, the operator alone decides."""
+    async with open_world(path="/v1/organizations/mine") as world:
+        assert (await world.ask()).status == 200
+
+
 async def test_without_a_credential_there_is_503() -> None:
     """An agent that needs no API can run; one that asks is told."""
     async with open_world() as world:

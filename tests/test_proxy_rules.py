@@ -234,6 +234,7 @@ def test_the_settings_say_which_paths_instead() -> None:
         "/v1/messages/batches",
         "/v1/organizations/api_keys",
         "/v1/oauth/token",
+        "/gate/v1/files",
         "/v1/models?x",
         "/v1/../v1/files",
         "/v1/%66iles",

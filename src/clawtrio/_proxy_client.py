@@ -30,6 +30,7 @@ from ._proxy_rules import (
     check_request,
     check_route,
     check_size,
+    check_target,
     response_headers,
     tokens_of,
 )
@@ -162,6 +163,7 @@ class ClientConnection:
         credential = service.credentials.current()
         if credential is None:
             raise RefusedError(503, "api_error", "the host has no credential")
+        check_target(request, credential)
         ticket.spend_request()
         return credential
 

@@ -222,7 +222,7 @@ def choose_routes(paths: Iterable[str] | None) -> frozenset[Route]:
         if not _PATH.fullmatch(path) or _has_dots(path):
             problem = f"must be plain URL paths, without a query, not {path!r}"
             raise SettingsError("proxy_paths", problem)
-        if _NEVER.match(path):
+        if _NEVER.search(path):
             raise SettingsError("proxy_paths", f"{path} is never for agents to call")
     return frozenset((method, path) for method in _METHODS for path in paths)
 
@@ -260,6 +260,20 @@ def check_route(request: h11.Request, routes: frozenset[Route]) -> None:
     path = request.target.partition(b"?")[0].decode("ascii")
     if (method, path) not in routes:
         message = f"the credential proxy does not pass on {method} {path[:200]}"
+        raise RefusedError(403, "permission_error", message)
+
+
+def check_target(request: h11.Request, credential: Credential) -> None:
+    """Check that a request and the base URL together are not what is never called.
+
+    Raises:
+        RefusedError: If they are.
+    """
+    path = upstream_target(request, credential).partition(b"?")[0].decode("ascii")
+    # What the base URL alone has of it is the operator's business.
+    base = len(credential.base_url.path)
+    if any(found.end() > base for found in _NEVER.finditer(path)):
+        message = f"the credential proxy never passes on {path[base:][:200]}"
         raise RefusedError(403, "permission_error", message)
 
 
