@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
 
-import httpx
+import httpx  # noqa: ASYNC127 - triogram's
 import trio
 import triogram
 from dotenv import dotenv_values
@@ -104,7 +104,7 @@ class Client:
     async def answer(self, jid: str, output: AgentOutput, _: str) -> None:
         """Say what an agent says; see :func:`clawtrio.open_dispatcher`."""
         # Said again after a crash it does no harm, so nobody remembers the key.
-        if output.result and not output.partial:  # the whole follows its parts
+        if output.result:
             await self.say(jid, output.result)
 
     async def regret(self, jid: str, _: tuple[str, ...], result: RunResult) -> None:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Final, TypedDict
+from typing import Final, TypedDict
 
 import msgspec
 
@@ -29,6 +29,21 @@ _MAX_CHATS: Final = 200
 _MAIN_FOLDER: Final = "main"
 
 
+class StoredMount(TypedDict):
+    """See :class:`clawtrio.AdditionalMount`."""
+
+    host_path: str
+    container_path: str | None
+    readonly: bool
+
+
+class StoredConfig(TypedDict):
+    """See :class:`clawtrio.ContainerConfig`."""
+
+    additional_mounts: list[StoredMount]
+    timeout: float | None
+
+
 class StoredGroup(TypedDict):
     """See :class:`clawtrio.Group`. That a group is main, the file cannot say."""
 
@@ -37,7 +52,7 @@ class StoredGroup(TypedDict):
     trigger: str
     added_at: datetime
     requires_trigger: bool
-    container_config: dict[str, Any]
+    container_config: StoredConfig
 
 
 class State(msgspec.Struct, forbid_unknown_fields=True):
@@ -93,8 +108,8 @@ def load(path: Path) -> tuple[State, dict[str, Group]]:
         state = msgspec.json.decode(data, type=State)
         groups = {jid: _group(stored) for jid, stored in state.groups.items()}
         _check_folders(groups)
-    except (OSError, TypeError, ValueError, LookupError, ClawtrioError) as exc:
-        raise SettingsError(path.name, f"cannot be used: {exc!r}") from exc
+    except (OSError, ValueError, ClawtrioError) as exc:
+        raise SettingsError(path.name, f"cannot be used: {exc}") from exc
     return state, groups
 
 

@@ -23,10 +23,8 @@ from ._telegram_state import State, dump, load, main_group, write
 
 log = logging.getLogger("clawtrio.bots.telegram")
 
-#: Seconds between two calls after one that failed.
-_REST: Final = 5.0
-#: Seconds; Telegram shows "typing" for five.
-_TYPING: Final = 4.0
+_REST: Final = 5.0  # seconds until we ask again, after a failure
+_TYPING: Final = 4.0  # seconds; Telegram shows it for five
 
 
 @attrs.define(eq=False)
@@ -84,6 +82,7 @@ class Bot:
             prompt = texts.prompt_of(self.state.context[jid], zone)
             await self.dispatcher.submit(jid, prompt)
             del self.state.context[jid]
+            self._attempt(jid, "sendChatAction", action="typing")
 
     def _obey_person(self, command: str, jid: str) -> None:
         if command == "stop" and jid in self.groups:
@@ -91,8 +90,7 @@ class Bot:
         elif command != "chatid":
             return
         text = f"Chat ID: {jid}" if command == "chatid" else "Stopping."
-        say = partial(self.client.attempt, text=text)
-        self.nursery.start_soon(say, jid, "sendMessage")
+        self._attempt(jid, "sendMessage", text=text)
 
     async def obey(self, requests: Requests, scheduler: Scheduler) -> None:
         """Do what agents ask for."""
@@ -128,12 +126,15 @@ class Bot:
         while True:
             runs = self.dispatcher.engine.statistics().runs
             busy = {run.group for run in runs if run.state == "working"}
-            async with trio.open_nursery() as nursery:
-                for jid, group in self.groups.items():
-                    if group.folder in busy:
-                        show = partial(self.client.attempt, action="typing")
-                        nursery.start_soon(show, jid, "sendChatAction")
+            for jid, group in self.groups.items():
+                if group.folder in busy:
+                    self._attempt(jid, "sendChatAction", action="typing")
             await trio.sleep(_TYPING)
+
+    def _attempt(self, jid: str, method: str, **parameters: str) -> None:
+        """Start what nobody waits for, so that a slow Telegram holds nobody up."""
+        attempt = partial(self.client.attempt, jid, method, **parameters)
+        self.nursery.start_soon(attempt)
 
     async def _save(self) -> None:
         async with self._saving:
@@ -182,7 +183,8 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO)
 
     async def run() -> None:
-        settings = Settings.load(given.root)
+        # What was said cannot grow any more.
+        settings = attrs.evolve(Settings.load(given.root), partial_text=False)
         async with open_client(settings.root, given.api_url) as client:
             await serve(settings, client, given.main)
 
