@@ -1,9 +1,10 @@
 """What every test gets: Hypothesis profiles, and the real runtimes where there are any.
 
 A test marked ``docker``, ``podman``, ``bwrap``, ``claude`` or ``node`` runs the real
-thing. What this machine lacks is deselected, and the header says so; what
-``CLAWTRIO_DEMAND`` names (``CLAWTRIO_DEMAND=docker,bwrap``) must be there, or nothing
-runs. With ``CI`` set, skipping is failing.
+thing, and one marked ``telegram`` needs that extra. What this machine lacks is
+deselected, and the header says so; what ``CLAWTRIO_DEMAND`` names
+(``CLAWTRIO_DEMAND=docker,bwrap``) must be there, or nothing runs. With ``CI`` set,
+skipping is failing.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Generator
+from importlib.util import find_spec
 from typing import Final, TypeVar
 
 import pytest
@@ -86,12 +88,18 @@ def check_claude() -> str | None:
     return None
 
 
+def check_telegram() -> str | None:
+    """Whether there is what the Telegram bot is built on."""
+    return None if find_spec("triogram") else "not installed: .[telegram]"
+
+
 CHECKS: Final[dict[str, Callable[[], str | None]]] = {
     "docker": lambda: check_engine("docker"),
     "podman": lambda: check_engine("podman"),
     "bwrap": check_bwrap,
     "claude": check_claude,
     "node": lambda: None if shutil.which("node") else "not installed",
+    "telegram": check_telegram,
 }
 
 missing = pytest.StashKey[dict[str, str]]()
