@@ -25,7 +25,15 @@ from typing import Any, Final, Literal
 import pytest
 import trio
 
-from clawtrio import _cli, _cli_care, _cli_demo, _cli_doctor, _cli_terminal, _engine
+from clawtrio import (
+    _cli,
+    _cli_care,
+    _cli_chat,
+    _cli_demo,
+    _cli_doctor,
+    _cli_terminal,
+    _engine,
+)
 from clawtrio._cli import execute
 from clawtrio._cli_doctor import doctor
 from clawtrio._groups import Places, open_places
@@ -870,12 +878,21 @@ def interrupt_once(is_time: Callable[[], bool], *numbers: int) -> threading.Thre
     """Send signals to this process, half a second apart, when it is time."""
 
     def work() -> None:
-        wait_until(is_time)
         for number in numbers:
             os.kill(os.getpid(), number)
             time.sleep(0.5)
 
-    thread = threading.Thread(target=work)
+    return once(is_time, work)
+
+
+def once(is_time: Callable[[], bool], work: Callable[[], object]) -> threading.Thread:
+    """Do something in a thread when it is time."""
+
+    def wait_and_work() -> None:
+        wait_until(is_time)
+        work()
+
+    thread = threading.Thread(target=wait_and_work)
     thread.start()
     return thread
 
@@ -924,7 +941,7 @@ def test_chat_by_pipe(root: Path, runtime: str) -> None:
         (b"one\n/quit\nmore\n", (0, "one\n"), ""),
         (b"", (0, ""), ""),
         (b"/quit\n", (0, ""), ""),
-        (b"/stop\n", (0, ""), ""),
+        (b"/stop\n", (0, ""), "clawtrio: stopped\n"),
     ],
 )
 def test_chat_here(
@@ -948,32 +965,110 @@ def test_chat_is_stopped(
     fake: Callable[[FakeAgent], FakeRuntime],
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """/stop does not wait for an answer."""
-    fake(scripted_agent())
+    """/stop does not wait for an answer; what is said then is a new run's."""
+    runtime = fake(scripted_agent())
 
-    with typed(b"one\n/stop\n", then_close=False):
+    with typed(b"one\n", then_close=False) as writer:
+        sent = once(
+            lambda: bool(runtime.specs), lambda: os.write(writer, b"/stop\n/quit\n")
+        )
         assert execute(["chat"]) == 1
+        sent.join()
 
     assert capfd.readouterr() == ("", "clawtrio: stopped\n")
 
 
-def test_chat_says_that_the_agent_has_left(
+def test_chat_goes_on_when_the_agent_has_left(
     root: Path,
     fake: Callable[[FakeAgent], FakeRuntime],
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """When the run ends of itself, nobody waits for more lines."""
+    """Who comes back after a while is answered by a new run, in the same session."""
     monkeypatch.setenv("CLAWTRIO_ANSWER_TIMEOUT", "0.3")
+    runtime = fake(scripted_agent(success("Hello", newSessionId="s"), exit_code=0))
+    was_said = root / "data/cli/main.session"
+
+    with typed(b"one\n", then_close=False) as writer:
+        sent = once(was_said.exists, lambda: os.write(writer, b"two\n/quit\n"))
+        assert execute(["chat"]) == 0
+        sent.join()
+
+    assert capfd.readouterr() == ("Hello\nHello\n", "")
+    assert len(runtime.specs) == 2
+    assert json.loads(was_said.read_text()) == {"echo": "s"}
+
+
+def test_chat_says_why_there_is_no_answer(
+    root: Path,
+    fake: Callable[[FakeAgent], FakeRuntime],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """It is asked once; the next message gets its chance."""
+    runtime = fake(scripted_agent(exit_code=3))
+
+    with typed(b"one\ntwo\n"):
+        assert execute(["chat"]) == 1
+
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert 1 <= len(runtime.specs) <= 2
+    assert err.count("clawtrio: ") == len(runtime.specs)
+    assert "code 3" in err
+    assert str(root / "data/logs/main") in err
+
+
+def test_chat_tells_of_an_error_with_its_text(
+    root: Path,
+    fake: Callable[[FakeAgent], FakeRuntime],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The agent may say something, and that it went wrong."""
+    error = b'{"status": "error", "result": "Half", "error": "overloaded"}'
+    fake(scripted_agent(framed(error), exit_code=0))
+
+    with typed(b"one\n"):
+        execute(["chat"])
+
+    out, err = capfd.readouterr()
+    assert out == "Half\n"
+    assert "clawtrio: the agent reports: overloaded\n" in err
+
+
+def test_chat_that_nobody_reads(
+    root: Path,
+    fake: Callable[[FakeAgent], FakeRuntime],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """It stops, and waits for no more lines."""
+
+    async def say(_: str) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(_cli_chat, "say", say)
     fake(scripted_agent(success("Hello")))
 
     with typed(b"one\n", then_close=False):
-        assert execute(["chat"]) == 0
+        assert execute(["chat"]) == 141
 
-    assert capfd.readouterr() == (
-        "Hello\n",
-        "clawtrio: the run is over (idle); chat again to resume it\n",
-    )
+    assert "bug" not in capfd.readouterr().err
+
+
+def test_chat_is_interrupted(
+    root: Path,
+    fake: Callable[[FakeAgent], FakeRuntime],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """A signal stops the agent, and then it is over."""
+    runtime = fake(scripted_agent())
+    thread = interrupt_once(lambda: bool(runtime.specs), signal.SIGTERM)
+
+    with typed(b"one\n", then_close=False):
+        assert execute(["chat"]) == 143
+    thread.join()
+
+    assert capfd.readouterr().out == ""
 
 
 def test_chat_with_too_much_to_say(
@@ -981,9 +1076,9 @@ def test_chat_with_too_much_to_say(
     fake: Callable[[FakeAgent], FakeRuntime],
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """A message that the run refuses is not the end of the conversation."""
+    """Messages that do not fit into the run wait for another, or for /stop."""
     fake(scripted_agent())
-    lines = b"one\n" + b"x" * 2**20 + b"\n" + b"y" * 2**20 + b"\n/stop\n"
+    lines = b"one\n" + b"x" * 2**20 + b"\n" + b"y" * 2**20 + b"\n/stop\n/quit\n"
 
     code, feeder = 0, threading.Thread()
     with typed(b"", then_close=False) as writer:
@@ -993,7 +1088,7 @@ def test_chat_with_too_much_to_say(
         feeder.join()
 
     assert code == 1
-    assert len(capfd.readouterr().err.splitlines()) >= 2
+    assert "clawtrio: stopped\n" in capfd.readouterr().err
 
 
 def _write_all(fd: int, data: bytes) -> None:
@@ -1041,12 +1136,13 @@ def test_chat_at_a_terminal_here(
 ) -> None:
     """The sign that it is one's turn comes when the agent waits."""
     monkeypatch.setattr(os, "isatty", lambda _: True)
-    fake(scripted_agent(success("Hello"), success(None), exit_code=0))
+    part, answer = success("Hel", partial=True), success("Hello")
+    fake(scripted_agent(part, answer, success(None), exit_code=0))
 
-    with typed(b"one\n", then_close=False):
+    with typed(b"\none\n"):
         assert execute(["chat"]) == 0
 
-    assert capfd.readouterr().out == "> Hello\n> "
+    assert capfd.readouterr().out == "> > Hel\nHello\n> "
 
 
 def test_session_that_cannot_be_kept(
@@ -1074,7 +1170,7 @@ def test_non_blocking_stdin(
     fake(scripted_agent(success("Hello"), exit_code=0))
     with typed(b"", then_close=False) as writer:
         fcntl.fcntl(0, fcntl.F_SETFL, fcntl.fcntl(0, fcntl.F_GETFL) | os.O_NONBLOCK)
-        timer = threading.Timer(0.3, os.write, (writer, b"one\n"))
+        timer = threading.Timer(0.3, os.write, (writer, b"one\n/quit\n"))
         timer.start()
         assert execute(["chat"]) == 0
         timer.join()

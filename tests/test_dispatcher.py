@@ -186,10 +186,12 @@ def dispatcher_on(
     bot: Bot,
     store: Store | None = None,
     groups: Mapping[str, Group] = GROUPS,
+    **options: Any,
 ) -> Any:
     """Open a dispatcher for a bot."""
     store = store or MemoryStore()
-    return open_dispatcher(engine, groups, bot.on_output, bot.on_failure, store)
+    on_output, on_failure = bot.on_output, bot.on_failure
+    return open_dispatcher(engine, groups, on_output, on_failure, store, **options)
 
 
 def task_of(name: str, chat: str = "a", **fields: Any) -> ScheduledTask:
@@ -415,6 +417,23 @@ async def test_a_message_fails_after_five_retries(
             failed=1,
             retries=5,
         )
+
+
+async def test_who_waits_for_an_answer_may_want_no_retries(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    """How often a message is tried again can be set, down to never."""
+    bot = Bot()
+    async with engine_on(tmp_path, FakeRuntime(bot.agent(leave))) as engine:
+        async with dispatcher_on(engine, bot, max_retries=0) as dispatcher:
+            await dispatcher.submit("a", "1")
+            await dispatcher.wait_idle()
+        assert [messages for _, _, messages, _ in bot.failed] == [("1",)]
+        assert trio.current_time() == 0
+
+        with pytest.raises(ValueError, match="max_retries must be at least 0, not -1"):
+            async with dispatcher_on(engine, bot, max_retries=-1):
+                raise AssertionError
 
 
 async def test_a_message_that_agents_fail_with_is_tried_alone(
@@ -962,17 +981,59 @@ async def test_the_time_to_leave_can_be_set(
     """An application may be in more of a hurry than close_grace says."""
     bot = Bot()
     async with engine_on(tmp_path, FakeRuntime(bot.agent(ponder))) as engine:
-        async with open_dispatcher(
-            engine,
-            GROUPS,
-            bot.on_output,
-            bot.on_failure,
-            MemoryStore(),
-            shutdown_timeout=3,
-        ) as dispatcher:
+        async with dispatcher_on(engine, bot, shutdown_timeout=3) as dispatcher:
             await dispatcher.submit("a", "1")
             await trio.sleep(1)
         assert trio.current_time() == 4
+
+
+async def test_one_can_wait_until_all_is_answered(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    """Whether it waits, runs, failed once or is given up."""
+    bot = Bot()
+
+    async def act(turn: Turn) -> None:
+        await answer(turn) if turn.run else await leave(turn)
+
+    async with bot_of(tmp_path, act, bot=bot, max_concurrent=1) as (dispatcher, _):
+        with trio.fail_after(1):
+            await dispatcher.wait_idle()
+        for chat, text in [("a", "1"), ("b", "2"), ("a", "3")]:
+            await dispatcher.submit(chat, text)
+        await dispatcher.submit_task(task_of("t", "c"))
+        await dispatcher.wait_idle()
+
+        assert sorted(bot.texts) == ["re: 1", "re: 2", "re: 3", "re: t"]
+        assert dispatcher.statistics().idle_runs == 1
+        dispatcher.stop("b")
+        await dispatcher.submit("b", "4")
+        dispatcher.stop("b")
+        await dispatcher.wait_idle()
+        assert [messages for _, _, messages, _ in bot.failed] == [("4",)]
+
+
+async def test_stop_is_heard_while_all_ends(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    """A person need not wait for agents that have as long as they like."""
+    bot = Bot()
+
+    async def leave_block(engine: Engine, opened: list[Dispatcher]) -> None:
+        async with dispatcher_on(engine, bot, shutdown_timeout=1000) as dispatcher:
+            await dispatcher.submit("a", "1")
+            await trio.sleep(1)
+            opened.append(dispatcher)
+
+    async with (
+        engine_on(tmp_path, FakeRuntime(bot.agent(ponder))) as engine,
+        trio.open_nursery() as nursery,
+    ):
+        opened: list[Dispatcher] = []
+        nursery.start_soon(leave_block, engine, opened)
+        await trio.sleep(3)
+        opened[0].stop("a")
+    assert [messages for _, _, messages, _ in bot.failed] == [("1",)]
 
 
 async def test_a_store_that_fails_ends_the_dispatcher(

@@ -31,11 +31,12 @@ from cyclopts.validators import Number
 
 from ._cli_agent import install
 from ._cli_care import RuntimeName, has_data, list_containers, print_logs, sweep_all
+from ._cli_chat import chat
 from ._cli_demo import demo
 from ._cli_doctor import doctor
 from ._cli_mounts import check_mount, init_allowlist
 from ._cli_proxy import serve_proxy
-from ._cli_runs import STDIN, UsageError, chat, group_of, plan_run, reset, run_prompt
+from ._cli_runs import STDIN, UsageError, group_of, plan_run, reset, run_prompt
 from ._cli_terminal import Interrupts, complain, note, obeying_signals, prepare, write
 from ._cli_top import top
 from ._engine import choose_runtime
@@ -160,9 +161,10 @@ async def chat_command(
     new_session: bool = False,
     common: Common = _COMMON,
 ) -> int:
-    """Talk to an agent: each line is a message into the same run.
+    """Talk to an agent: each line is a message to it.
 
-    /quit, or the end of the input, leaves once all is answered; /stop leaves at once.
+    /quit, or the end of the input, leaves once all is answered; /stop stops the agent.
+    The exit code is 1 if something was not answered.
 
     Args:
         new_session: Begin a new session.

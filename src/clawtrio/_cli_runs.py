@@ -1,34 +1,29 @@
-"""``clawtrio run`` and ``clawtrio chat``: an agent at the terminal."""
+"""``clawtrio run``: one question at the terminal, and what is remembered of it."""
 
 from __future__ import annotations
 
 import json
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, Final
 
 import attrs
-import trio
 
 from ._cli_terminal import (
     Interrupts,
-    Lines,
     complain,
-    is_interactive,
     note,
     read_all,
     say,
     say_json,
-    write,
 )
 from ._codec import output_to_wire
 from ._engine import Engine, open_engine
-from ._errors import FollowUpRefusedError, RunClosedError, UnsafePathError
+from ._errors import UnsafePathError
 from ._groups import Places
 from ._hostfs import Directory
 from ._models import AgentOutput, Ending, Group, RunResult
-from ._run import Run
 from ._settings import Settings
 
 #: What a session id may be, as in an agent's frames.
@@ -39,10 +34,6 @@ _MAIN: Final = "main"
 
 #: The prompt that stands for what comes on stdin; nobody can type it.
 STDIN: Final = "\0"
-
-_QUIT: Final = "/quit"
-_STOP: Final = "/stop"
-_READY: Final = "> "
 
 
 class UsageError(Exception):
@@ -129,101 +120,61 @@ def reset(places: Places, group: Group) -> bool:
         return sessions.forget()
 
 
-class Conversation:
-    """One run at the terminal: what is told of it, and what is remembered.
-
-    Args:
-        engine: Where it runs.
-        group: Whose agent.
-        as_json: Whether to tell it in JSON.
-        new_session: Whether to begin a new session.
-    """
-
-    def __init__(
-        self, engine: Engine, group: Group, *, as_json: bool, new_session: bool
-    ) -> None:
-        self._engine = engine
-        self._group = group
-        self._as_json = as_json
-        self._new_session = new_session
-        # Whether a person has said that this is the end.
-        self._finished = False
-
-    async def hold(
-        self,
-        prompt: str,
-        interrupts: Interrupts,
-        lines: trio.MemoryReceiveChannel[str] | None = None,
-    ) -> int:
-        """Ask, tell what the agent says, and return the exit code.
-
-        Args:
-            prompt: What to ask first.
-            interrupts: What stops the run.
-            lines: What else a person says; None ends after the first answer.
-        """
-        self._finished = lines is None
-        with open_sessions(self._engine.settings, self._group) as sessions:
-            resumed = None if self._new_session else sessions.load()
-            async with self._engine.open_run(
-                self._group,
-                prompt,
-                chat_jid=f"cli:{self._group.folder}",
-                session_id=resumed,
-                single_turn=self._finished,
-            ) as run:
-                interrupts.stop = run.stop
-                async with trio.open_nursery() as nursery:
-                    if lines is not None:
-                        nursery.start_soon(self._follow_up, run, lines)
-                    async for output in run:
-                        _remember(sessions, output.new_session_id)
-                        await self._tell(output)
-                    nursery.cancel_scope.cancel()
-            interrupts.stop = interrupts.scope.cancel
-            _remember(sessions, run.result.new_session_id)
-        if self._as_json:
-            await say_json(result_to_wire(run.result))
-        self._conclude(run.result, resumed)
-        return 0 if run.result.status == "success" else 1
-
-    async def _follow_up(self, run: Run, lines: trio.MemoryReceiveChannel[str]) -> None:
-        """Pass on to the run what else is said."""
-        async for line in lines:
-            if line.strip() == _STOP:
-                self._finished = True
-                run.stop()
-                return
-            try:
-                await run.send(line)
-            except (FollowUpRefusedError, RunClosedError) as exc:
-                complain(exc)
-        self._finished = True
-        run.finish()
-
-    async def _tell(self, output: AgentOutput) -> None:
-        if self._as_json:
-            await say_json(output_to_wire(output))
-            return
-        if output.result is not None:
-            await say(output.result)
-        if output.status == "error":
-            complain(f"the agent reports: {output.error or 'an error'}")
-        elif output.result is None and not self._finished and is_interactive():
-            write(_READY)
-
-    def _conclude(self, result: RunResult, resumed: str | None) -> None:
-        if result.ending is Ending.STOPPED:
-            note("stopped")
-        elif result.status == "error":
-            hint = "; --new-session would not resume the last one" if resumed else ""
-            error = str(result.error).rstrip(": \n")
-            complain(f"{error} (log: {result.log_path}{hint})")
-        elif not self._finished:
-            note(f"the run is over ({result.ending.value}); chat again to resume it")
+async def _ask(
+    engine: Engine,
+    group: Group,
+    prompt: str,
+    interrupts: Interrupts,
+    *,
+    as_json: bool,
+    new_session: bool,
+) -> int:
+    """Ask, tell what the agent says, and return the exit code."""
+    with open_sessions(engine.settings, group) as sessions:
+        known = None if new_session else sessions.load()
+        async with engine.open_run(
+            group,
+            prompt,
+            chat_jid=f"cli:{group.folder}",
+            session_id=known,
+            single_turn=True,
+        ) as run:
+            interrupts.stop = run.stop
+            async for output in run:
+                remember(sessions, output.new_session_id)
+                await _tell(output, as_json=as_json)
+        interrupts.stop = interrupts.scope.cancel
+        remember(sessions, run.result.new_session_id)
+    if as_json:
+        await say_json(result_to_wire(run.result))
+    if run.result.ending is Ending.STOPPED:
+        note("stopped")
+    elif run.result.status == "error":
+        complain(problem_of(run.result, resumed=known is not None))
+    return 0 if run.result.status == "success" else 1
 
 
-def _remember(sessions: SessionStore, session_id: str | None) -> None:
+async def _tell(output: AgentOutput, *, as_json: bool) -> None:
+    if as_json:
+        await say_json(output_to_wire(output))
+        return
+    if output.result is not None:
+        await say(output.result)
+    if output.status == "error":
+        complain(problem_of(output))
+
+
+def problem_of(outcome: AgentOutput | RunResult, *, resumed: bool = False) -> str:
+    """Say in a line why there is no answer, and what a person may look at."""
+    if isinstance(outcome, AgentOutput):
+        return f"the agent reports: {outcome.error or 'an error'}"
+    hint = "; --new-session would not resume the last one" if resumed else ""
+    error = str(outcome.error).rstrip(": \n")
+    return f"{error} (log: {outcome.log_path}{hint})"
+
+
+def remember(sessions: SessionStore, session_id: str | None) -> None:
+    """Remember a session as well as may be."""
     try:
         sessions.save(session_id)
     except OSError as exc:
@@ -268,10 +219,14 @@ async def run_prompt(
     if not prompt.strip():
         raise UsageError("the prompt is empty")
     async with open_engine(settings) as engine:
-        conversation = Conversation(
-            engine, group, as_json=as_json, new_session=new_session
+        return await _ask(
+            engine,
+            group,
+            prompt,
+            interrupts,
+            as_json=as_json,
+            new_session=new_session,
         )
-        return await conversation.hold(prompt, interrupts)
 
 
 async def plan_run(settings: Settings, group: Group) -> int:
@@ -279,38 +234,3 @@ async def plan_run(settings: Settings, group: Group) -> int:
     async with open_engine(settings) as engine:
         await say(shlex.join(await engine.plan(group)))
     return 0
-
-
-async def chat(
-    settings: Settings, group: Group, interrupts: Interrupts, *, new_session: bool
-) -> int:
-    """Hold a conversation, one message a line."""
-    async with open_engine(settings) as engine:
-        conversation = Conversation(
-            engine, group, as_json=False, new_session=new_session
-        )
-        if is_interactive():
-            note(f"group {group.folder}, {engine.runtime.name}: a message a line")
-            note(f"{_QUIT} leaves after the answers, {_STOP} at once")
-            write(_READY)
-        # No buffer: who reads waits until the message is on its way.
-        send, receive = trio.open_memory_channel[str](0)
-        code = 0
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_read_messages, send)
-            with receive:
-                with suppress(trio.EndOfChannel):
-                    prompt = await receive.receive()
-                    if prompt.strip() != _STOP:
-                        code = await conversation.hold(prompt, interrupts, receive)
-                nursery.cancel_scope.cancel()
-        return code
-
-
-async def _read_messages(send: trio.MemorySendChannel[str]) -> None:
-    """Pass on what a person says, until the end."""
-    lines = Lines()
-    with send:
-        while (line := await lines.next()) is not None and line.strip() != _QUIT:
-            if line.strip():
-                await send.send(line)

@@ -62,6 +62,8 @@ _CANNOT_START: Final = (
     UnknownChatError,
     UnsafePathError,
 )
+#: What a chat's run is doing while nobody waits for an answer.
+_AT_REST: Final = (None, RunState.IDLE)
 #: A session that cannot be resumed should not fail a message for good.
 _FRESH_SESSION_AFTER: Final = 3
 
@@ -183,12 +185,14 @@ class Dispatcher:
         *,
         on_output: OnChatOutput,
         on_failure: OnFailure,
+        max_retries: int,
     ) -> None:
         self.engine = engine
         self.groups = groups
         self.tasks: dict[str, ScheduledTask] = {}
         self._on_output = on_output
         self._on_failure = on_failure
+        self._max_retries = max_retries
         self._store = store
         self._nursery = nursery
         self._queue = Queue(engine.settings.max_concurrent)
@@ -276,7 +280,7 @@ class Dispatcher:
         Raises:
             UnknownChatError: If no group belongs to the chat.
         """
-        lane = self._lane(chat_jid)
+        lane = self._open_lane(chat_jid)
         if job := self._jobs.get(chat_jid):
             job.stopped = True
             if job.run is not None:
@@ -284,6 +288,12 @@ class Dispatcher:
         if dropped := lane.remove(lane.messages):
             self._start_giving_up(dropped, "Stopped")
         self._queue.forget_empty(lane)
+
+    async def wait_idle(self) -> None:
+        """Wait until nothing waits here, and no agent owes an answer."""
+        await trio.lowlevel.checkpoint()
+        while self._is_busy():
+            await self._changed.wait()
 
     def statistics(self) -> DispatcherStatistics:
         """Return what it is doing."""
@@ -331,6 +341,9 @@ class Dispatcher:
     def _lane(self, chat_jid: str) -> Lane:
         if self._queue.closed:
             raise RuntimeError("the dispatcher is closed")
+        return self._open_lane(chat_jid)
+
+    def _open_lane(self, chat_jid: str) -> Lane:
         group = self.groups.get(chat_jid)
         if group is None:
             raise UnknownChatError(chat_jid)
@@ -341,6 +354,12 @@ class Dispatcher:
     def _new_id(self) -> int:
         self._next_id += 1
         return self._next_id - 1
+
+    def _is_busy(self) -> bool:
+        return bool(self._giving_up) or any(
+            lane.tasks or lane.messages or lane.state not in _AT_REST
+            for lane in self._queue.lanes.values()
+        )
 
     async def _enqueue(
         self,
@@ -371,7 +390,9 @@ class Dispatcher:
     async def _decide(self) -> None:
         """Do what the queue says, whenever something has changed."""
         while self._jobs or self._giving_up or not self._queue.closed:
-            self._changed = trio.Event()
+            if self._changed.is_set():
+                # Not when only time has passed: others wait for it, too.
+                self._changed = trio.Event()
             now = trio.current_time()
             while begun := self._queue.begin(now):
                 self._begin(*begun)
@@ -520,7 +541,7 @@ class Dispatcher:
             if (
                 job.stopped
                 or message.state == "reached"
-                or message.attempts >= MAX_RETRIES
+                or message.attempts >= self._max_retries
             ):
                 failed.append(attrs.evolve(message, state="failed"))
             else:
@@ -594,6 +615,7 @@ async def open_dispatcher(
     on_failure: OnFailure,
     store: Store,
     *,
+    max_retries: int = MAX_RETRIES,
     shutdown_timeout: float | None = None,
 ) -> AsyncIterator[Dispatcher]:
     """Open a dispatcher for as long as the block takes.
@@ -602,10 +624,11 @@ async def open_dispatcher(
     and agents may answer what they were asked; what is unanswered then stays in the
     store. When the block raises or is cancelled, all runs are stopped at once.
 
-    A message ends once: answered, or failed after five more tries. Without a crash of
-    the host it is answered at most once; a crash while a callback is at work repeats
-    the turn that each group was at, with the same keys. Once text of a turn has reached
-    the callback, its messages are not asked again: they fail if that was not all of it.
+    A message ends once: answered, or failed after *max_retries* more tries. Without a
+    crash of the host it is answered at most once; a crash while a callback is at work
+    repeats the turn that each group was at, with the same keys. Once text of a turn has
+    reached the callback, its messages are not asked again: they fail if that was not
+    all of it.
 
     Args:
         engine: What runs the agents; at most :attr:`Settings.max_concurrent` at a time.
@@ -617,12 +640,17 @@ async def open_dispatcher(
             how their last run has ended. After a failure of *on_output* with text that
             was no message's first answer, there may be none.
         store: Where everything is kept that must not be lost.
+        max_retries: How often a message is tried again before it fails: after 5 s, and
+            each time twice as much.
         shutdown_timeout: Seconds that agents have for their last answers; by default
             :attr:`Settings.close_grace`.
 
     Raises:
         StoreBusyError: If another dispatcher has the store.
+        ValueError: If *max_retries* is below 0.
     """
+    if max_retries < 0:
+        raise ValueError(f"max_retries must be at least 0, not {max_retries}")
     if shutdown_timeout is None:
         shutdown_timeout = engine.settings.close_grace
     contents = await store.open()
@@ -635,6 +663,7 @@ async def open_dispatcher(
                 nursery,
                 on_output=on_output,
                 on_failure=on_failure,
+                max_retries=max_retries,
             )
             dispatcher.begin(contents)
             try:
