@@ -14,7 +14,6 @@ from clawtrio._codec import (
     _decode_patiently,
     _decoder,
     _output,
-    decode_lines,
     decode_output,
     encode_input,
     encode_message,
@@ -49,21 +48,6 @@ def test_both_ways_agree(data: bytes) -> None:
     except (ValueError, RecursionError):
         return  # DecodeError is a ValueError
     assert _decode_patiently(data) == fast
-
-
-@given(lines=st.lists(objects, min_size=1, max_size=5))
-def test_many_lines_are_what_each_of_them_is(lines: list[bytes]) -> None:
-    """Outputs that are read together are those that are read one by one."""
-    outputs = decode_lines(b"\n".join(lines))
-
-    if outputs is not None:
-        assert outputs == [decode_output(line) for line in lines]
-
-
-def test_two_objects_on_a_line_are_no_output() -> None:
-    """A line with two objects is left to the one that reads line by line."""
-    assert decode_lines(b'{"status":"error"}{"status":"error"}') is None
-    assert decode_output(b'{"status":"error"}{"status":"error"}') is None
 
 
 @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])

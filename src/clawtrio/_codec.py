@@ -106,24 +106,6 @@ def decode_output(data: bytes | bytearray | memoryview) -> AgentOutput | None:
     return _output(wire)
 
 
-def decode_lines(lines: bytes) -> list[AgentOutput] | None:
-    """Read many outputs at once, in two thirds of the time.
-
-    Args:
-        lines: Each begins and ends with a brace, so that no value spans two.
-
-    Returns:
-        What :func:`decode_output` makes of each; or None if that is not as easy to
-        tell as it mostly is.
-    """
-    try:
-        wires = _decoder.decode_lines(lines)
-    except _REFUSALS:
-        return None
-    # A line may hold two objects, which is none.
-    return [_output(w) for w in wires] if len(wires) == lines.count(b"\n") + 1 else None
-
-
 def _output(wire: _WireOutput) -> AgentOutput:
     return AgentOutput(
         wire.status,
