@@ -180,6 +180,10 @@ class OwnContainer:
         if rung not in self.runtime.futile:
             self.exit(self.runtime.stopped_code)
 
+    @property
+    def process(self) -> int | None:
+        return None
+
     async def verify(self) -> None:
         await self.runtime.behaviour["verify"]()
 

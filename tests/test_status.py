@@ -16,7 +16,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from clawtrio import Settings, _cli_top
 from clawtrio._cli import execute
-from clawtrio._cli_top import top
+from clawtrio._cli_top import measure_memory, top
 from clawtrio._groups import open_places
 from clawtrio._status import ask_status, open_status, serve_status
 from clawtrio._sweep import EngineFile, sweep
@@ -30,7 +30,7 @@ NAME: Final = "0" * 32
 async def test_top_shows_live_runs(
     tmp_path: Path, autojump_clock: MockClock, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Each has a line: group, run, state, age, silence, outputs, tokens."""
+    """Each has a line: group, run, state, age, silence, outputs, tokens, memory."""
     async with engine_of(tmp_path, scripted_agent(frame("secret"))) as engine:
         (path,) = (tmp_path / "data/engines").glob("*.sock")
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -46,8 +46,14 @@ async def test_top_shows_live_runs(
     first, *shown = capfd.readouterr().out.split("\x1b[H\x1b[J")
     assert len(shown) == 2
     header, row = (line.split() for line in first.splitlines())
-    assert header == ["GROUP", "RUN", "STATE", "AGE", "IDLE", "OUTPUTS", "TOKENS"]
-    assert row == ["family", run.id, "answered", *("9", "s", "9", "s", "1", "0")]
+    columns = "GROUP RUN STATE AGE IDLE OUTPUTS TOKENS MEMORY"
+    assert header == columns.split()
+    assert row == ["family", run.id, "answered", *("9", "s", "9", "s", "1", "0", "-")]
+
+
+def test_memory_of_whom_it_cannot_be_told() -> None:
+    """What has no namespace of its own, or is gone, is left out."""
+    assert measure_memory([os.getpid(), 2**22 - 1]) == {}
 
 
 def test_top_where_nothing_runs(

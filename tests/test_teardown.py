@@ -67,6 +67,7 @@ class World:
     name = "fake"
     takes_runner = True
     compares_mounts = True
+    process = None
 
     def __init__(self, *, in_process: bool = False, **acts: Act) -> None:
         self.in_process = in_process

@@ -73,6 +73,11 @@ class BwrapContainer:
         """What the agent and bwrap complain of."""
         return self._client.stderr
 
+    @property
+    def process(self) -> int | None:
+        """The reaper's id."""
+        return None if self._reaper is None else self._reaper_pid
+
     async def verify(self) -> None:
         """Wait until the sandbox cannot outlive us.
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections import Counter
+from pathlib import Path
 from typing import Any, Final
 
 import trio
@@ -12,7 +16,10 @@ from ._groups import open_places
 from ._settings import Settings
 from ._status import ask_status
 
-_HEADER: Final = ("GROUP", "RUN", "STATE", "AGE", "IDLE", "OUTPUTS", "TOKENS")
+_HEADER: Final = (
+    *("GROUP", "RUN", "STATE", "AGE", "IDLE", "OUTPUTS", "TOKENS", "MEMORY"),
+)
+_MIB: Final = 2**20
 #: Moves to the upper left, and clears what is below.
 _CLEAR: Final = "\x1b[H\x1b[J"
 #: Seconds between two looks.
@@ -26,7 +33,11 @@ async def top(settings: Settings) -> int:
     with open_places(settings) as places:
         while True:
             told = await ask_status(places.engines)
-            rows = [_row(run) for engine in told for run in engine["runs"]]
+            runs = [run for engine in told for run in engine["runs"]]
+            memory = await trio.to_thread.run_sync(
+                measure_memory, [run["process"] for run in runs if run["process"]]
+            )
+            rows = [_row(run, memory.get(run["process"])) for run in runs]
             live = is_interactive()
             if live:
                 write(_CLEAR)
@@ -36,7 +47,38 @@ async def top(settings: Settings) -> int:
             await trio.sleep(_INTERVAL)
 
 
-def _row(run: dict[str, Any]) -> tuple[str, ...]:
+def measure_memory(containers: list[int]) -> dict[int, int]:
+    """Sum up what the processes of containers have in memory.
+
+    What several share counts for each of them. Containers without a namespace of
+    processes to themselves are left out, and so are those of other users.
+
+    Args:
+        containers: The ids of their first processes.
+
+    Returns:
+        Bytes, by those ids.
+    """
+    names = {}
+    for process in containers:
+        with contextlib.suppress(OSError):
+            names[_namespace_of(process)] = process
+    names.pop(_namespace_of(os.getpid()), None)
+    memory: Counter[int] = Counter()
+    for place in Path("/proc").glob("[1-9]*") if names else ():
+        # Processes end while we look.
+        with contextlib.suppress(OSError):
+            if found := names.get(_namespace_of(int(place.name))):
+                pages = (place / "statm").read_bytes().split()[1]
+                memory[found] += int(pages) * os.sysconf("SC_PAGE_SIZE")
+    return memory
+
+
+def _namespace_of(process: int) -> int:
+    return Path(f"/proc/{process}/ns/pid").stat().st_ino
+
+
+def _row(run: dict[str, Any], memory: int | None) -> tuple[str, ...]:
     usage = run["usage"]
     tokens = usage["input_tokens"] + usage["output_tokens"] if usage else 0
     return (
@@ -47,4 +89,5 @@ def _row(run: dict[str, Any]) -> tuple[str, ...]:
         f"{run['idle']:.0f} s",
         f"{run['outputs']}",
         f"{tokens}",
+        "-" if memory is None else f"{memory / _MIB:.0f} MiB",
     )

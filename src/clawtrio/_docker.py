@@ -372,6 +372,16 @@ class DockerContainer:
         self.stdout: trio.abc.ReceiveStream = process.stdout
         self.stderr: trio.abc.ReceiveStream = process.stderr
 
+    @property
+    def process(self) -> int | None:
+        if self._seen is None:
+            return None
+        try:
+            with _held_process(*self._seen):
+                return self._seen[1]
+        except OSError:
+            return None
+
     async def verify(self) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._look_for, nursery.cancel_scope)

@@ -104,6 +104,8 @@ class RunStatistics:
         idle: Seconds since its agent's last sign of life; heartbeats count.
         outputs: How many were delivered, or are being delivered.
         usage: What it has asked of the API so far; None if it has no way there.
+        process: The host's id of the first process in its container, whose namespace
+            of processes it has for itself; None if that is not known.
     """
 
     group: str
@@ -113,6 +115,7 @@ class RunStatistics:
     idle: float
     outputs: int
     usage: Usage | None
+    process: int | None
 
 
 class _Pipe:
@@ -204,6 +207,7 @@ class Run:
         self.id = run_id
         self.group = group
         self.container_name = container_name
+        self._container: Container | None = None
         self.captures = Captures(
             # Outputs are in the log only on demand, and then not for nothing here.
             stdout=Capture(settings.max_log_bytes if settings.log_text else 0),
@@ -274,6 +278,7 @@ class Run:
             idle=now - self._heard,
             outputs=self._handover.begun,
             usage=self._count_usage(),
+            process=self._container.process if self._container else None,
         )
 
     async def send(self, text: str) -> None:
@@ -389,7 +394,7 @@ class Run:
             supervised: The started container.
             conclude: Awaited with the result, before anybody else gets to see it.
         """
-        container = supervised.container
+        container = self._container = supervised.container
         stdout = _Pipe(container.stdout, self._settings.drain_grace)
         stderr = _Pipe(container.stderr, self._settings.drain_grace)
         with trio.CancelScope(shield=True):

@@ -118,6 +118,14 @@ class Container(Protocol):
     def stderr(self) -> trio.abc.ReceiveStream:
         """What the agent and the client complain of."""
 
+    @property
+    def process(self) -> int | None:
+        """The host's id of the first process in it, for as long as it runs.
+
+        None before :meth:`verify`, and where it is not a process of this host, or not
+        known.
+        """
+
     async def verify(self) -> None:
         """Make sure that what was checked is what was mounted, before stdin is used.
 

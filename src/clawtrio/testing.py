@@ -165,6 +165,8 @@ def _no_network() -> RuntimeUnavailableError:
 class _FakeContainer:
     """An agent as a task, in the place of a process."""
 
+    process = None
+
     def __init__(
         self,
         spec: ContainerSpec,
