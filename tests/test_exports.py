@@ -11,6 +11,7 @@ from collections import Counter
 from importlib.resources import files
 from pathlib import Path
 from types import ModuleType
+from typing import get_type_hints
 
 import attrs
 import pytest
@@ -202,3 +203,20 @@ def test_the_fakes_are_public() -> None:
 def test_type_checkers_are_told_that_there_are_types() -> None:
     """The package ships py.typed."""
     assert files("clawtrio").joinpath("py.typed").is_file()
+
+
+@pytest.mark.parametrize(
+    "cls",
+    [
+        value
+        for value in _public(clawtrio).values()
+        if isinstance(value, type) and attrs.has(value)
+    ],
+)
+def test_types_of_fields_can_be_told(cls: type[attrs.AttrsInstance]) -> None:
+    """So cattrs and others can store our values for an application."""
+    hints = get_type_hints(cls)
+
+    for field in attrs.fields(cls):
+        assert field.type == hints[field.name]
+        assert not isinstance(field.type, str)

@@ -41,6 +41,8 @@ See :func:`open_engine`.
 
 import logging
 
+import attrs
+
 from ._dispatcher import (
     Dispatcher as Dispatcher,
     DispatcherStatistics as DispatcherStatistics,
@@ -133,5 +135,9 @@ for _name, _value in list(globals().items()):
     if not _name.startswith("_") and getattr(_value, "__module__", "").startswith(
         f"{__name__}._"
     ):
+        if isinstance(_value, type) and attrs.has(_value):
+            # They are written as names of the module that the class is from.
+            attrs.resolve_types(_value)
+            _value.__annotations__ = {f.name: f.type for f in attrs.fields(_value)}
         _value.__module__ = __name__
-del _name, _value, logging
+del _name, _value, attrs, logging
