@@ -82,9 +82,10 @@ def package(session: nox.Session) -> None:
 
 @nox.session(python=OLDEST)
 def bench(session: nox.Session) -> None:
-    """Every benchmark: each prints a table."""
-    session.install(".")
-    for script in sorted(Path("benchmarks").glob("*.py")):
+    """Every benchmark; ``-- --out DIR`` says where its figures and plots go."""
+    session.install(".[bench]")
+    shared = Path("benchmarks/report.py")
+    for script in sorted({*Path("benchmarks").glob("*.py")} - {shared}):
         session.run("python", str(script), *session.posargs)
 
 
