@@ -1,87 +1,263 @@
-"""How fast is the parser, next to decoding alone? Does the size of the reads matter?
+"""How fast is the parser, next to its peers, and to the least that must be done?
 
-Every figure is a ratio of two measurements that were made in turn, in this process, on
-the same bytes: machines are noisy. ``python benchmarks/parse.py`` prints a table.
+The peers are the programs under ``peers``: NanoClaw's way in Node, and asyncio's. The
+least is decoding alone, with the same decoder, and one search through all bytes. All
+get the same bytes in the same reads, in turn, again and again: machines are noisy, so
+look at the ratios. ``python benchmarks/parse.py`` prints tables; Node must be
+installed.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
+from typing import Final, Self
 
-from rich.console import Console
-from rich.table import Table
+import attrs
+from report import Report
 
 from clawtrio import MarkerParser
 from clawtrio._codec import decode_output
 from clawtrio.testing import framed
 
-TOTAL = 8 * 2**20
-ROUNDS = 7
-READS = (4096, 65536, 2**20)
+READS: Final = (512, 4096, 2**16, 2**20)
+ROUNDS: Final = 5
+#: A peer gives up after so many seconds.
+LIMIT: Final = 10
+#: What takes longer, in seconds, is measured once.
+SLOW: Final = 0.5
+MIB: Final = 2**20
+
+OURS: Final = "clawtrio"
+DECODING: Final = "decoding"
+FINDING: Final = "bytes.find"
+NODE: Final = "Node"
+ASYNCIO: Final = "asyncio"
+OTHERS: Final = (NODE, ASYNCIO, DECODING, FINDING)
+
+Times = dict[tuple[str, int], list[float]]
 
 
-def payload(size: int) -> bytes:
-    """Return an output of about *size* bytes, with a few characters beyond ASCII."""
-    text = ("It is “fine”, 20 °C, and tomorrow too. " * (size // 40 + 1))[:size]
+@attrs.frozen(eq=False)
+class Stream:
+    """What an agent wrote.
+
+    Attributes:
+        name: What it is called.
+        data: All of it.
+        bodies: What is between the markers of each frame.
+        node: How many times as fast as Node we want to be, by the size of the reads.
+        decoding: How much of the speed of decoding alone we want to have.
+    """
+
+    name: str
+    data: bytes
+    bodies: list[bytes]
+    node: dict[int, float] = attrs.field(factory=dict)
+    decoding: float | None = None
+
+
+def body(size: int) -> bytes:
+    """Return an output of *size* bytes, with a few characters beyond ASCII."""
+    sentence = "It is “fine”, 20 °C, and tomorrow too. "
+    text = sentence * (size // len(sentence.encode()) - 1)
+    spare = size - len(encoded(text))
+    return encoded(text + "." * spare)
+
+
+def encoded(text: str) -> bytes:
+    """Return the output that says *text*, as an agent writes it."""
     output = {"status": "success", "result": text}
-    return json.dumps(output, ensure_ascii=False).encode()
+    return json.dumps(output, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def parse(data: bytes, read: int) -> int:
-    """Parse *data* in reads of *read* bytes; return the number of outputs."""
-    parser = MarkerParser()
-    outputs = 0
-    for at in range(0, len(data), read):
-        outputs += len(parser.feed(data[at : at + read]))
-    return outputs + len(parser.close())
+def streams() -> Iterator[Stream]:
+    """Yield what is parsed."""
+    for name, size, total, node, decoding in (
+        ("126 B", 126, MIB, dict.fromkeys(READS, 1.0), 0.5),
+        ("1 KiB", 1024, 2 * MIB, dict.fromkeys(READS, 1.5), 0.75),
+        ("75 KiB", 75 * 1024, 4 * MIB, dict.fromkeys(READS, 2.0), 0.75),
+        ("8 MiB", 8 * MIB, 8 * MIB, {4096: 200.0, 2**16: 20.0}, 0.75),
+    ):
+        bodies = [body(size)] * (total // size)
+        yield Stream(name, b"".join(map(framed, bodies)), bodies, node, decoding)
+    bodies = [body(1024)] * 2000
+    data = b"".join(map(framed, bodies)).replace(b"\n", b"\r\n")
+    yield Stream("CRLF, 1 KiB", data, bodies)
+    bodies = [b"{this is no JSON at all, though it looks as if}"] * 8000
+    yield Stream("dropped, 47 B", b"".join(map(framed, bodies)), bodies)
+    line = b"[info] 12:00:01 npm notice - nothing to see here, %d files --- ok\n" % 17
+    noise = line * (4 * MIB // len(line))
+    yield Stream("noise", noise, [], {4096: 100.0, 2**16: 100.0})
+    yield Stream("dashes", b"-" * (4 * MIB), [])
 
 
-def decode(payloads: list[bytes]) -> int:
-    """Decode *payloads*, and nothing else."""
-    return sum(decode_output(data) is not None for data in payloads)
+def cut(data: bytes, size: int) -> list[bytes]:
+    """Cut *data* up into reads of *size* bytes."""
+    return [data[at : at + size] for at in range(0, len(data), size)]
 
 
-def seconds(work: Callable[[], int], expected: int) -> float:
+def parse(reads: Iterable[bytes], max_frame_bytes: int = 128 * MIB) -> int:
+    """Parse *reads*; return the number of frames."""
+    parser = MarkerParser(max_frame_bytes=max_frame_bytes)
+    frames = sum(len(parser.feed(read)) for read in reads)
+    return frames + len(parser.close())
+
+
+def decode(bodies: list[bytes]) -> int:
+    """Decode *bodies*, and nothing else; return how many there were."""
+    for one in bodies:
+        decode_output(one)
+    return len(bodies)
+
+
+def find(reads: list[bytes]) -> None:
+    """Search all *reads* for what begins no frame, and nothing else."""
+    for read in reads:
+        read.find(b"NANOCLAW_INPUT")
+
+
+def seconds(work: Callable[[], int | None], expected: int | None) -> float:
     """Return how long *work* takes; it must come to *expected*."""
     started = time.perf_counter()
     outcome = work()
     elapsed = time.perf_counter() - started
     if outcome != expected:
-        raise RuntimeError(f"{outcome} outputs in place of {expected}")
+        raise RuntimeError(f"{outcome} frames in place of {expected}")
     return elapsed
 
 
-def measure(size: int) -> Iterator[tuple[str, float, float]]:
-    """Give, for each size of reads, MB/s and the ratio to decoding alone."""
-    one = payload(size)
-    payloads = [one] * max(1, TOTAL // len(one))
-    data = b"".join(map(framed, payloads))
+class Peer:
+    """A program that parses the same and times itself."""
+
+    def __init__(self, *argv: str) -> None:
+        self._process = subprocess.Popen(  # noqa: S603 - it is ours
+            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._process:
+            self._process.kill()
+
+    def seconds(self, file: Path, read: int, expected: int) -> float:
+        """Return how long it takes, from *LIMIT* on if it gave up."""
+        order = {"file": str(file), "read": read, "limit": LIMIT}
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(order).encode() + b"\n")
+        self._process.stdin.flush()
+        answer = json.loads(self._process.stdout.readline())
+        elapsed: float = answer["seconds"]
+        if answer["frames"] != expected and elapsed < LIMIT:
+            raise RuntimeError(f"{answer['frames']} frames in place of {expected}")
+        return elapsed
+
+
+def measure(stream: Stream, file: Path, peers: dict[str, Peer]) -> Times:
+    """Let all parse *stream*, in turn; return their seconds, by name and read size."""
+    frames = len(stream.bodies)
+    works: dict[tuple[str, int], Callable[[], float]] = {}
     for read in READS:
-        rates, ratios = [], []
-        for _ in range(ROUNDS):
-            bound = seconds(partial(decode, payloads), len(payloads))
-            ours = seconds(partial(parse, data, read), len(payloads))
-            rates.append(len(data) / ours / 1e6)
-            ratios.append(bound / ours)
-        yield f"{read:,}", statistics.median(rates), statistics.median(ratios)
+        reads = cut(stream.data, read)
+        works[OURS, read] = partial(seconds, partial(parse, reads), frames)
+        works[DECODING, read] = partial(seconds, partial(decode, stream.bodies), frames)
+        works[FINDING, read] = partial(seconds, partial(find, reads), None)
+        for name, peer in peers.items():
+            works[name, read] = partial(peer.seconds, file, read, frames)
+    times: Times = defaultdict(list)
+    # The first half of the rounds is for Node's compiler to warm up.
+    for _ in range(2 * ROUNDS):
+        for key, work in works.items():
+            seen = times[key]
+            seen.append(seen[-1] if seen and seen[-1] > SLOW else work())
+    return {key: seen[ROUNDS:] for key, seen in times.items()}
 
 
-def main() -> None:
-    """Print the table."""
-    table = Table(title="MarkerParser, medians of paired measurements")
-    for name in ("payload, bytes", "reads, bytes", "MB/s", "of decoding alone"):
-        table.add_column(name, justify="right")
-    for size in (100, 1024, 75 * 1024, 8 * 2**20):
-        print(f"measuring outputs of {size:,} bytes", file=sys.stderr)
-        for read, rate, ratio in measure(size):
-            table.add_row(f"{size:,}", read, f"{rate:.0f}", f"{ratio:.2f}")
-    Console().print(table)
+def ratio(times: Times, read: int, name: str) -> float:
+    """Return how many times as long as we *name* takes: the median of the rounds."""
+    pairs = zip(times[name, read], times[OURS, read], strict=True)
+    return statistics.median(theirs / ours for theirs, ours in pairs)
+
+
+def text(times: Times, read: int, name: str) -> str:
+    """Write a ratio; a peer that gave up would have taken longer than that."""
+    more = "> " if max(times[name, read]) >= LIMIT else ""
+    return f"{more}{ratio(times, read, name):.3g}"
+
+
+def compare(report: Report) -> None:
+    """Measure all streams, and report the ratios."""
+    found: dict[Stream, Times] = {}
+    peers = Path(__file__).parent / "peers"
+    with ExitStack() as stack:
+        file = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "stream"
+        running = {
+            NODE: Peer("node", str(peers / "parse.js")),
+            ASYNCIO: Peer(sys.executable, str(peers / "parse_asyncio.py")),
+        }
+        for peer in running.values():
+            stack.enter_context(peer)
+        for stream in streams():
+            print(f"parse: {stream.name}", file=sys.stderr)
+            file.write_bytes(stream.data)
+            found[stream] = measure(stream, file, running)
+    report.table(
+        "The time of others, in times of ours",
+        ("frames", "reads, bytes", "MB/s", *OTHERS),
+        (
+            (stream.name, f"{read:,}", rate(stream, times, read), *row)
+            for stream, times in found.items()
+            for read in READS
+            for row in ([text(times, read, name) for name in OTHERS],)
+        ),
+    )
+    for stream, times in found.items():
+        judge(report, stream, times)
+
+
+def rate(stream: Stream, times: Times, read: int) -> str:
+    """Write how many MB we parse in a second."""
+    return f"{len(stream.data) / statistics.median(times[OURS, read]) / 1e6:,.0f}"
+
+
+def judge(report: Report, stream: Stream, times: Times) -> None:
+    """Report what should be reached."""
+    for read, least in stream.node.items():
+        name = f"{stream.name}, reads of {read:,} B: Node's time in ours"
+        report.figure(name, ratio(times, read, NODE), at_least=least)
+    if stream.decoding is None:
+        return
+    for read in READS:
+        name = f"{stream.name}, reads of {read:,} B: decoding's time in ours"
+        value = ratio(times, read, DECODING)
+        report.figure(name, value, at_least=stream.decoding)
+    pairs = zip(times[OURS, MIB], times[OURS, 4096], strict=True)
+    flat = statistics.median(large / small for large, small in pairs)
+    name = f"{stream.name}: speed in reads of 4 KiB, of that in 1 MiB"
+    report.figure(name, flat, at_least=0.7)
+
+
+def main() -> int:
+    """Measure all; return the exit code."""
+    report = Report("parse")
+    compare(report)
+    return report.finish()
 
 
 if __name__ == "__main__":
-    main()
+    if not shutil.which("node"):
+        sys.exit("Node is not installed: there is nothing to compare with")
+    sys.exit(main())
