@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Final, Self
 
 import attrs
+from matplotlib.figure import Figure as Canvas
 from report import Report
 
 from clawtrio import MarkerParser
@@ -31,9 +33,13 @@ from clawtrio._codec import decode_output
 from clawtrio.testing import framed
 
 READS: Final = (512, 4096, 2**16, 2**20)
+#: What is measured with reads of one size has that of a pipe.
+READ: Final = 2**16
+#: In MiB.
+SIZES: Final = (1, 2, 4, 8, 16, 32, 64)
 ROUNDS: Final = 5
 #: A peer gives up after so many seconds.
-LIMIT: Final = 10
+LIMIT: Final = 15
 #: What takes longer, in seconds, is measured once.
 SLOW: Final = 0.5
 MIB: Final = 2**20
@@ -226,6 +232,8 @@ def compare(report: Report) -> None:
     )
     for stream, times in found.items():
         judge(report, stream, times)
+    for name, other in (("node", NODE), ("decoding", DECODING)):
+        report.plot(name, partial(draw_ratios, found, other))
 
 
 def rate(stream: Stream, times: Times, read: int) -> str:
@@ -250,10 +258,109 @@ def judge(report: Report, stream: Stream, times: Times) -> None:
     report.figure(name, flat, at_least=0.7)
 
 
+def draw_ratios(found: dict[Stream, Times], other: str, canvas: Canvas) -> None:
+    """Draw how *other* compares, for all streams that it has something to do with."""
+    axes = canvas.subplots()
+    for stream, times in found.items():
+        if other == NODE or stream.bodies:
+            ratios = [ratio(times, read, other) for read in READS]
+            axes.plot(READS, ratios, marker="o", label=stream.name)
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_xscale("log", base=2)
+    if other == NODE:
+        axes.set_yscale("log")
+    axes.set_xlabel("reads, bytes")
+    axes.set_ylabel(f"{other}'s time, in times of ours")
+    axes.legend()
+
+
+def fit(report: Report) -> None:
+    """Report whether the time is linear in the number of bytes."""
+    points: dict[str, list[float]] = {}
+    for name, size in (("one frame", None), ("frames of 1 KiB", 1024)):
+        print(f"parse: from {SIZES[0]} to {SIZES[-1]} MiB, {name}", file=sys.stderr)
+        points[name] = [parsing(mib, size) for mib in SIZES]
+        square = statistics.correlation(SIZES, points[name]) ** 2
+        what = f"{name}, from {SIZES[0]} to {SIZES[-1]} MiB: R² of the linear fit"
+        report.figure(what, square, at_least=0.99)
+    report.table(
+        f"Seconds by MiB, in reads of {READ:,} B",
+        ("MiB", *points),
+        (
+            (mib, *(f"{time:.4f}" for time in row))
+            for mib, *row in zip(SIZES, *points.values(), strict=True)
+        ),
+    )
+    report.plot("linear", partial(draw_fit, points))
+
+
+def parsing(mib: int, size: int | None) -> float:
+    """Return how long *mib* MiB take, in frames of *size*, or in one."""
+    one = framed(body(size or mib * MIB))
+    frames = mib * MIB // len(one) if size else 1
+    work = partial(parse, cut(one * frames, READ))
+    return statistics.median(seconds(work, frames) for _ in range(ROUNDS))
+
+
+def draw_fit(points: dict[str, list[float]], canvas: Canvas) -> None:
+    """Draw what was measured, and the lines that fit it best."""
+    axes = canvas.subplots()
+    for name, times in points.items():
+        slope, intercept = statistics.linear_regression(SIZES, times)
+        square = statistics.correlation(SIZES, times) ** 2
+        axes.scatter(SIZES, times, label=f"{name}, R² = {square:.4f}")
+        axes.plot(SIZES, [intercept + slope * mib for mib in SIZES])
+    axes.set_xlabel("MiB")
+    axes.set_ylabel("seconds")
+    axes.legend()
+
+
+def keep(report: Report) -> None:
+    """Report what is kept between reads, and the most that is needed at once."""
+    print("parse: memory", file=sys.stderr)
+    rows = []
+    most = 0
+    for name, data in (
+        ("the largest frame", framed(body(MIB - 2))),
+        ("a frame that is too large", framed(body(8 * MIB))),
+        ("no marker, one line", body(8 * MIB)),
+        ("dashes", b"-" * 8 * MIB),
+        ("frames of 1 KiB", framed(body(1024)) * 4000),
+    ):
+        counted, allocated, peak = memory(cut(data, READ))
+        most = max(most, counted)
+        rows.append(
+            (name, *(f"{size / MIB:.2f}" for size in (counted, allocated, peak)))
+        )
+    columns = ("stream", "counted, MiB", "allocated, MiB", "peak, MiB")
+    title = f"Kept between reads of {READ:,} B, where a frame may have 1 MiB"
+    report.table(title, columns, rows)
+    kept, limit = most / MIB, 1 + READ / MIB
+    report.figure("kept between reads, counted", kept, "MiB", at_most=limit)
+    *_, peak = memory(cut(framed(body(8 * MIB)), READ), 16 * MIB)
+    report.figure("peak while a frame of 8 MiB is decoded", peak / MIB, "MiB")
+
+
+def memory(reads: list[bytes], max_frame_bytes: int = MIB) -> tuple[int, int, int]:
+    """Return the most that is kept, as counted and as allocated, and the peak."""
+    tracemalloc.start()
+    parser = MarkerParser(max_frame_bytes=max_frame_bytes)
+    counted = allocated = 0
+    for read in reads:
+        parser.feed(read)
+        counted = max(counted, parser.buffered)
+        allocated = max(allocated, tracemalloc.get_traced_memory()[0])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return counted, allocated, peak
+
+
 def main() -> int:
     """Measure all; return the exit code."""
     report = Report("parse")
     compare(report)
+    fit(report)
+    keep(report)
     return report.finish()
 
 

@@ -3,7 +3,7 @@
 Both are processes of their own, between the same client and the same API, which are
 this process; they are measured in turn. The machine may be busy: look at the ratios,
 and at the processor time, which others do not change. ``python benchmarks/proxy.py``
-prints a table; Node must be installed.
+prints tables; Node must be installed.
 """
 
 from __future__ import annotations
@@ -21,18 +21,12 @@ from pathlib import Path
 import attrs
 import trio
 import trio.lowlevel
-from rich.console import Console
-from rich.table import Table
-
-from clawtrio._credentials import BaseUrl, Credential
-from clawtrio._proxy import open_proxy
-from clawtrio._proxy_rules import ProxyLimits
+from report import Report
 
 #: What the Claude CLI sends, and an answer of a few sentences.
 REQUEST_BODY = b"x" * 42_000
 RESPONSE_BODY = b'{"type":"message","usage":{"output_tokens":5}}'.ljust(1000)
 EVENT = b"event: content_block_delta\ndata: %b\n\n" % (b'{"delta":"x"}'.ljust(150))
-REAL_KEY = "the-real-key"
 CLIENTS = 8
 REQUESTS = 400
 STREAMS = 100
@@ -44,6 +38,9 @@ ANSWER = HEAD + b"application/json\r\nContent-Length: 1000\r\n\r\n" + RESPONSE_B
 STREAM = HEAD + b"text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 CHUNK = b"%x\r\n%b\r\n" % (len(EVENT), EVENT)
 LAST = b"0\r\n\r\n"
+
+#: What was found in each round, of ours and of Node's.
+Found = tuple[list[list[float]], list[list[float]]]
 
 
 async def serve_api(stream: trio.SocketStream) -> None:
@@ -190,55 +187,33 @@ async def running(name: str, *argv: str) -> AsyncIterator[Peer]:
             await process.wait()
 
 
-async def be_ours(upstream_port: int) -> None:
-    """Be the proxy that is measured."""
-    base = BaseUrl(scheme="http", host="127.0.0.1", port=upstream_port, path="")
-    credential = Credential(
-        scheme="api-key", secret=REAL_KEY, variable="", base_url=base
-    )
-
-    class Fixed:
-        def current(self) -> Credential:
-            return credential
-
-    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
-    # All its clients are one run.
-    limits = ProxyLimits(max_connections_per_run=10 * STREAMS)
-    async with open_proxy(Fixed(), limits=limits) as proxy:
-        with proxy.admit("bench", "0") as ticket:
-            print(listener.socket.getsockname()[1], ticket.token, flush=True)
-            await proxy.serve(listener)
-
-
-async def main() -> None:
-    """Print the table."""
+async def measure() -> Found:
+    """Measure both, in turn."""
     (api,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
     port = str(api.socket.getsockname()[1])
-    peer_script = str(Path(__file__).parent / "peers" / "proxy.js")
+    peers = Path(__file__).parent / "peers"
     async with (
         trio.open_nursery() as nursery,
-        running("clawtrio", sys.executable, __file__, port) as ours,
-        running("Node", "node", peer_script, port) as node,
+        running("clawtrio", sys.executable, str(peers / "proxy_ours.py"), port) as ours,
+        running("Node", "node", str(peers / "proxy.js"), port) as node,
     ):
         await nursery.start(trio.serve_listeners, serve_api, [api])
         found: dict[str, list[list[float]]] = {ours.name: [], node.name: []}
         for peer in (ours, node):
             await measure_requests(peer)
         for number in range(ROUNDS):
-            print(f"round {number + 1} of {ROUNDS}", file=sys.stderr)
+            print(f"proxy: round {number + 1} of {ROUNDS}", file=sys.stderr)
             for peer in (ours, node):
                 figures = [*await measure_requests(peer), await measure_alone(peer)]
                 figures += await measure_streams(peer)
                 found[peer.name].append(figures)
         nursery.cancel_scope.cancel()
-    show(found[ours.name], found[node.name])
+    return found[ours.name], found[node.name]
 
 
-def show(ours: list[list[float]], node: list[list[float]]) -> None:
-    """Print medians, and the medians of the ratios of each round."""
-    table = Table(title="The credential proxy and a plain Node one")
-    for name in ("", "clawtrio", "Node", "ratio"):
-        table.add_column(name, justify="right" if name else "left")
+def show(report: Report, found: Found) -> None:
+    """Report medians, and the medians of the ratios of each round."""
+    rows = []
     names = (
         f"requests/s, {CLIENTS} clients, 42 kB",
         "ms to the first byte, the same",
@@ -250,18 +225,22 @@ def show(ours: list[list[float]], node: list[list[float]]) -> None:
         f"MiB of memory with {STREAMS} streams",
     )
     for number, name in enumerate(names):
-        mine = [figures[number] for figures in ours]
-        theirs = [figures[number] for figures in node]
+        mine, theirs = ([figures[number] for figures in one] for one in found)
         ratio = statistics.median(a / b for a, b in zip(mine, theirs, strict=True))
         medians = [f"{statistics.median(values):,.2f}" for values in (mine, theirs)]
-        table.add_row(name, *medians, f"{ratio:.2f}")
-    Console().print(table)
+        rows.append((name, *medians, f"{ratio:.2f}"))
+    columns = ("median", "clawtrio", "Node", "ratio")
+    report.table("The credential proxy and a plain Node one", columns, rows)
+
+
+def main() -> int:
+    """Measure all; return the exit code."""
+    report = Report("proxy")
+    show(report, trio.run(measure))
+    return report.finish()
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        trio.run(be_ours, int(sys.argv[1]))
-    elif shutil.which("node"):
-        trio.run(main)
-    else:
+    if not shutil.which("node"):
         sys.exit("Node is not installed: there is nothing to compare with")
+    sys.exit(main())

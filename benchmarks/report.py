@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -39,7 +40,7 @@ class Figure:
 
     @property
     def reached(self) -> bool:
-        """Whether it is within its limits. NaN never is, if there is one."""
+        """Whether it is within its limits."""
         return (self.at_least is None or self.value >= self.at_least) and (
             self.at_most is None or self.value <= self.at_most
         )
@@ -84,7 +85,13 @@ class Report:
         at_least: float | None = None,
         at_most: float | None = None,
     ) -> None:
-        """Add a number, and the limits that it should keep."""
+        """Add a number, and the limits that it should keep.
+
+        Raises:
+            ValueError: If it is none that JSON can say.
+        """
+        if not math.isfinite(value):
+            raise ValueError(f"{name} is {value}")
         figure = Figure(
             name=name, value=value, unit=unit, at_least=at_least, at_most=at_most
         )
@@ -105,8 +112,9 @@ class Report:
             The exit code: 1 if a limit is not kept and ``--strict`` was given.
         """
         rows = tuple(figure.cells() for figure in self._figures)
-        figures = Grid(self._name, ("figure", "value", "limit", "reached"), rows)
-        grids = [*self._tables, figures]
+        columns = ("figure", "value", "limit", "reached")
+        figures = Grid(f"Figures of {self._name}", columns, rows)
+        grids = [*self._tables, *([figures] if rows else [])]
         for grid in grids:
             _print(grid)
         found = {
@@ -151,5 +159,9 @@ def _print(grid: Grid) -> None:
 
 def _markdown(grid: Grid) -> str:
     rows = [grid.columns, ("---",) * len(grid.columns), *grid.rows]
-    lines = [f"| {' | '.join(row)} |" for row in rows]
+    lines = [f"| {' | '.join(map(_cell, row))} |" for row in rows]
     return f"**{grid.title}**\n\n" + "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", r"\|")
