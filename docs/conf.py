@@ -15,6 +15,8 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinxcontrib_trio",
 ]
+# What the benchmarks wrote; a page includes it.
+exclude_patterns = ["bench/*.md"]
 html_theme = "furo"
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 2
