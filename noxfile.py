@@ -84,8 +84,8 @@ def package(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Every benchmark; ``-- --out DIR`` says where its figures and plots go."""
     session.install(".[bench]")
-    shared = Path("benchmarks/report.py")
-    for script in sorted({*Path("benchmarks").glob("*.py")} - {shared}):
+    shared = {Path("benchmarks/bots.py"), Path("benchmarks/report.py")}
+    for script in sorted({*Path("benchmarks").glob("*.py")} - shared):
         session.run("python", str(script), *session.posargs)
 
 
