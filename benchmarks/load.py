@@ -187,33 +187,19 @@ async def measure_apart(kind: Kind, number: int) -> Load | None:
     return Load(**json.loads(done.stdout)) if done.stdout else None
 
 
-async def main() -> int:
-    """Print the table; return the exit code."""
-    report = Report("load")
-    found: dict[Kind, dict[int, Load]] = {}
-    for kind, numbers in NUMBERS.items():
-        for number in numbers:
-            if load := await measure_apart(kind, number):
-                found.setdefault(kind, {})[number] = load
-    columns = ("", "runs", "outputs/s", "µs of processor", "KiB idle", "descriptors")
-    rows = [
-        [
-            kind,
-            number,
-            f"{load.rate:,.0f}",
-            f"{load.work:.0f}",
-            f"{load.memory:.0f}",
-            f"{load.descriptors:.1f}",
-        ]
-        for kind, loads in found.items()
-        for number, load in loads.items()
-    ]
-    report.table("Runs at once: all outputs, and each output or run", columns, rows)
+def tell(report: Report, found: Mapping[Kind, Mapping[int, Load]]) -> None:
+    """Put it all into the report."""
+    rows = []
     for kind, loads in found.items():
+        for number, load in loads.items():
+            of_outputs = f"{load.rate:,.0f}", f"{load.work:.0f}"
+            of_runs = f"{load.memory:.0f}", f"{load.descriptors:.0f}"
+            rows.append([kind, number, *of_outputs, *of_runs])
         most = max(loads)
         name = f"{kind}: memory of an idle run, of {most}"
         report.figure(name, loads[most].memory, "KiB", at_most=MOST)
-        report.figure(f"{kind}: outputs/s of {most} runs", loads[most].rate)
+    columns = ("", "runs", "outputs/s", "µs of processor", "KiB idle", "descriptors")
+    report.table("Runs at once: all outputs, and each output or run", columns, rows)
 
     def draw(canvas: Canvas) -> None:
         axes = canvas.subplots()
@@ -227,6 +213,17 @@ async def main() -> int:
         axes.legend()
 
     report.plot("outputs", draw)
+
+
+async def main() -> int:
+    """Print the table; return the exit code."""
+    report = Report("load")
+    found: dict[Kind, dict[int, Load]] = {}
+    for kind, numbers in NUMBERS.items():
+        for number in numbers:
+            if load := await measure_apart(kind, number):
+                found.setdefault(kind, {})[number] = load
+    tell(report, found)
     return report.finish()
 
 
