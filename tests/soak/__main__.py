@@ -115,7 +115,7 @@ class Soak:
         plans = deque(
             draw(self.seed, n, self.runtimes) for n in range(first, first + ROUND)
         )
-        workers = chance.randint(1, MOST_RUNS)
+        workers = chance.randint(2, MOST_RUNS)
         abrupt = chance.random() < 0.15
         beside = chance.choice(("dispatcher", "killed host", "nothing"))
         name = chance.choice(self.runtimes)

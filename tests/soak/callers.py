@@ -7,6 +7,7 @@ import signal
 import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -87,6 +88,7 @@ class Talk:
     heard: list[AgentOutput] = attrs.field(factory=list)
     asked: list[str] = attrs.field(factory=list)
     run: Run | None = None
+    hit: bool = False
     _begun: trio.Event = attrs.field(factory=trio.Event)
     _scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
 
@@ -169,7 +171,7 @@ class Talk:
         assert self.run is not None
         if self.plan.attack != "none":
             await trio.sleep(self.plan.moment)
-            await attack(self.engine, self.run, self.plan.attack)
+            self.hit = await attack(self.engine, self.run, self.plan.attack)
 
     def problems(self, *, ended: bool) -> Iterator[str]:
         """Yield what is wrong with the run that is over.
@@ -263,7 +265,7 @@ def _count(talk: Talk, tally: Tally, *, ended: bool) -> None:
     tally.runs[runtime] += 1
     tally.endings[talk.run.result.ending.value] += 1
     tally.deeds[f"caller {plan.caller}"] += 1
-    if plan.attack != "none":
+    if talk.hit:
         tally.deeds[f"{plan.attack} killed"] += 1
     tally.deeds["follow-ups"] += len(talk.asked) - 1
     tally.deeds.update({f"agent: {kind}" for kind, *_ in plan.steps})
@@ -274,16 +276,19 @@ def _count(talk: Talk, tally: Tally, *, ended: bool) -> None:
         tally.received[runtime] += len(talk.heard)
 
 
-async def attack(engine: Engine, run: Run, what: str) -> None:
-    """Kill a run's client, or its container behind the client's back."""
+async def attack(engine: Engine, run: Run, what: str) -> bool:
+    """Kill a run's client, or its container behind the client's back.
+
+    Returns:
+        Whether there was one left to kill.
+    """
     program = engine.runtime.name
     if what == "container" and program != "bwrap":
         argv = [program, "kill", run.container_name]
-        # It may have gone by itself.
-        await trio.run_process(
+        done = await trio.run_process(
             argv, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        return
+        return done.returncode == 0
     found = await engine.runtime.find({LABEL_RUN: run.id})
     sandboxes = {int(one.id.partition(":")[0]) for one in found if program == "bwrap"}
     clients = {
@@ -296,7 +301,10 @@ async def attack(engine: Engine, run: Run, what: str) -> None:
     if what == "container":
         victims = {p.pid for p in processes() if p.parent in clients}
     for pid in victims:
-        os.kill(pid, signal.SIGKILL)
+        # A sandbox may go while we look; its client stays until it was waited for.
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return bool(victims)
 
 
 def _runs(process: Process, name: str) -> bool:
