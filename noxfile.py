@@ -90,6 +90,13 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session(python=OLDEST)
+def soak(session: nox.Session) -> None:
+    """Random runs and faults for so many minutes: ``nox -s soak -- 60``."""
+    session.install(".[test]")
+    session.run("python", "-m", "tests.soak", *session.posargs)
+
+
+@nox.session(python=OLDEST)
 def docs(session: nox.Session) -> None:
     """The documentation, into build/docs; a warning is an error."""
     session.install("-e", ".[docs]")
