@@ -28,7 +28,7 @@ from tests.e2e.conftest import Site
 
 from . import agent, fake
 from .callers import Tally, carry_out
-from .hosts import dispatch, kill_host
+from .hosts import dispatch, kill_host, sweep_up
 from .measures import Measures, measure, more
 from .plans import MAX_FRAME_BYTES, Plan, draw
 
@@ -89,11 +89,15 @@ class Soak:
             while before is None or trio.current_time() < started + seconds:
                 await self.do_round()
                 if before is None and trio.current_time() > started + WARM_UP * seconds:
-                    before = await measure(self.sites)
+                    before = await self._measure()
                     await self.do_round()
-            after = await measure(self.sites)
+            after = await self._measure()
             nursery.cancel_scope.cancel()
         return before, after
+
+    async def _measure(self) -> Measures:
+        await sweep_up([site for site in self.sites if site.root == self.doomed.root])
+        return await measure(self.sites)
 
     async def _tell(self, started: float) -> None:
         while True:
@@ -183,7 +187,7 @@ def show(soak: Soak, before: Measures, after: Measures) -> None:
         table.add_row(
             f"{field.name} {field.metadata['unit']}",
             *map(str, values),
-            str(field.metadata["within"]),
+            "none left" if field.metadata["ours"] else str(field.metadata["within"]),
         )
     console.print(table)
     for named in (tally.endings, tally.deeds):

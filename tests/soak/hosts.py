@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -112,3 +113,15 @@ async def kill_host(site: Site, chance: random.Random, tally: Tally) -> None:
             await trio.sleep(1)
     where = f"host killed after {moment:.2f} s ({site.runtime})"
     tally.problems.append(f"{where}: left {left}")
+
+
+async def sweep_up(sites: Sequence[Site]) -> None:
+    """Have later engines remove the files of those that were killed.
+
+    The first sweep only marks them, and none removes them before command_timeout.
+    """
+    with trio.move_on_after(SWEPT_WITHIN):
+        while any(any(site.root.glob("data/engines/[!.]*")) for site in sites):
+            for site in sites:
+                async with open_engine(site.settings()):
+                    await trio.sleep(0.5)
