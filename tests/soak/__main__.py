@@ -80,7 +80,7 @@ class Soak:
     async def run(self, seconds: float) -> tuple[Measures, Measures]:
         """Do rounds for so long; return what there was before and after.
 
-        What is before the second round, at least, is to warm up.
+        What comes before the first measure, a round at least, is to warm up.
         """
         started = trio.current_time()
         before = None

@@ -28,6 +28,8 @@ from .callers import Tally
 
 CHATS: Final = 3
 MESSAGES: Final = 9
+#: Seconds that the callback takes.
+SLOWNESS: Final = 0.02
 #: Seconds for all messages: a few runs, one after the other, on a busy machine.
 ANSWERED_WITHIN: Final = 120.0
 #: Seconds in which what a killed host has left is gone: a sweep sees what comes late.
@@ -43,7 +45,7 @@ async def dispatch(
     failed: list[str] = []
 
     async def on_output(chat: str, output: AgentOutput, key: str) -> None:
-        await trio.sleep(chance.choice((0, 0, 0.05)))
+        await trio.sleep(SLOWNESS)
         said[int(key.split("/")[1])] += 1
 
     async def on_failure(chat: str, texts: tuple[str, ...], result: RunResult) -> None:
@@ -51,17 +53,17 @@ async def dispatch(
         failed.append(f"{result.ending.value}: {result.error}")
 
     groups = {chat: Group(chat, chat) for chat in chats}
+    # All chosen before anything happens: what is chosen must not hang on when.
+    texts = [
+        (chance.choice(chats), _ask(f"{name}-{n}", chance)) for n in range(MESSAGES)
+    ]
     messages = []
     with trio.move_on_after(ANSWERED_WITHIN) as scope:
         async with open_dispatcher(
             engine, groups, on_output, on_failure, MemoryStore()
         ) as dispatcher:
-            for number in range(MESSAGES):
-                steps: list[list[Any]] = [["listen"]]
-                if chance.random() < 0.3:
-                    steps.insert(0, ["flaky", f"{name}-{number}-failed"])
-                text = json.dumps({"note": f"{name}-{number}", "steps": steps})
-                messages.append(await dispatcher.submit(chance.choice(chats), text))
+            for chat, text in texts:
+                messages.append(await dispatcher.submit(chat, text))
             # Statistics are all that tells of messages that have ended.
             await wait_until(
                 lambda: dispatcher.statistics().answered + len(failed) >= MESSAGES
@@ -74,6 +76,14 @@ async def dispatch(
         tally.problems.append(f"{where}: failed: {failed}")
     if said != Counter(messages):
         tally.problems.append(f"{where}: not once each: {dict(said)}")
+
+
+def _ask(name: str, chance: random.Random) -> str:
+    """Write a message whose agent answers it, or fails once before."""
+    steps: list[list[Any]] = [["listen"]]
+    if chance.random() < 0.3:
+        steps.insert(0, ["flaky", f"{name}-failed"])
+    return json.dumps({"note": name, "steps": steps})
 
 
 async def kill_host(site: Site, chance: random.Random, tally: Tally) -> None:
