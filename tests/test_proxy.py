@@ -460,6 +460,23 @@ async def test_the_api_s_own_answers_pass_unchanged() -> None:
         assert raw.startswith(b"HTTP/1.1 307 Over There\r\n")
 
 
+async def test_a_reason_with_the_credential_is_left_out() -> None:
+    """An API that echoes into its first line does not tell the agent, either."""
+
+    async def echoing(call: Call) -> None:
+        await call.read()
+        await call.head(400, [("content-length", "0")], reason=f"bad key {SECRET}")
+        await call.end()
+
+    async with open_world(echoing) as world:
+        raw = await world.ask_raw(
+            b"POST /v1/messages HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
+            b"X-Api-Key: %b\r\n\r\n" % world.ticket.token.encode()
+        )
+
+    assert raw.startswith(b"HTTP/1.1 400 \r\n")
+
+
 async def breaking_off(call: Call) -> None:
     """Announce more than there is."""
     await call.read()

@@ -325,7 +325,12 @@ def test_a_response_s_length_gives_way_to_chunks() -> None:
 
 def test_a_header_with_the_credential_stays_behind() -> None:
     """An API that echoes does not tell the agent."""
-    answer = [(b"X-Echo", b"key=" + SECRET.encode()), (b"X-Stays", b"1")]
+    answer = [
+        (b"X-Echo", b"key=" + SECRET.encode()),
+        (b"X-Loud", SECRET.upper().encode()),
+        (SECRET.encode(), b"is the key"),
+        (b"X-Stays", b"1"),
+    ]
 
     assert response_headers(answer, credential_for(80)) == [(b"x-stays", b"1")]
 

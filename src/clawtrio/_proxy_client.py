@@ -32,6 +32,7 @@ from ._proxy_rules import (
     check_size,
     check_target,
     response_headers,
+    tells,
     tokens_of,
 )
 from ._proxy_tickets import Ticket, TicketOffice
@@ -270,6 +271,8 @@ class ClientConnection:
         if self._http.their_state is h11.SEND_BODY:
             headers.append((b"connection", b"close"))
         reason = response.extensions["reason_phrase"]
+        if tells(reason, credential):
+            reason = b""
         head = h11.Response(status_code=response.status, headers=headers, reason=reason)
         await self._send(head)
         self._ticket.count_status(response.status)

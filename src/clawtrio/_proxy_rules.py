@@ -384,8 +384,12 @@ def response_headers(headers: Iterable[Header], credential: Credential) -> list[
     if b"transfer-encoding" in dict(lowered):
         # It was read in chunks, whatever length it gave besides.
         passed = [header for header in passed if header[0] != b"content-length"]
-    secret = credential.secret.encode("ascii")
-    return [header for header in passed if secret not in header[1]]
+    return [header for header in passed if not tells(b": ".join(header), credential)]
+
+
+def tells(text: bytes, credential: Credential) -> bool:
+    """Whether what the API says has the credential in it, in whatever case."""
+    return credential.secret.lower().encode("ascii") in text.lower()
 
 
 def media_type(headers: Iterable[Header]) -> bytes:
