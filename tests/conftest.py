@@ -32,6 +32,8 @@ settings.register_profile("fast", deadline=None, max_examples=10)
 settings.register_profile(
     "ci", deadline=None, max_examples=300, derandomize=True, print_blob=True
 )
+# For "nox -s fuzz", which repeats it as long as there is time.
+settings.register_profile("deep", deadline=None, max_examples=300, print_blob=True)
 settings.load_profile(
     "fast" if os.environ.get("FAST") else "ci" if IN_CI else "default"
 )

@@ -1,0 +1,28 @@
+"""One target under libFuzzer: ``python -m tests.fuzz.guided TARGET [OPTION | FILE]...``
+
+With files it runs the target on these, which is how a finding is reproduced.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import atheris
+
+# Before anything imports them: to see which way an input takes, they are changed.
+with atheris.instrument_imports(include=["clawtrio", "h11", "wire"]):
+    from .targets import TARGETS
+
+
+def main() -> None:
+    """Fuzz until libFuzzer ends the process."""
+    program, target, *options = sys.argv
+    # To write what agents do wrong would take longer than to look at it.
+    logging.disable()
+    atheris.Setup([program, *options], TARGETS[target])
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
