@@ -15,7 +15,7 @@ _Headers: TypeAlias = tuple[tuple[bytes, bytes], ...]
 
 _TOKEN: Final = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _REQUEST_LINE: Final = re.compile(rb"(%b) (/[!-~]*) HTTP/1\.1" % _TOKEN)
-_STATUS_LINE: Final = re.compile(rb"HTTP/1\.1 ([2-5][0-9]{2}) [^\r\n]*")
+_STATUS_LINE: Final = re.compile(rb"HTTP/1\.1 ([2-9][0-9]{2}) [^\r\n]*")
 _FIELD: Final = re.compile(rb"(%b):[ \t]*([^\x00\r\n]*?)[ \t]*" % _TOKEN)
 _CHUNK: Final = re.compile(rb"([0-9A-Fa-f]{1,20})[ \t]*(;[^\x00\r\n]*)?\r\n")
 _LENGTH: Final = re.compile(rb"[0-9]{1,20}")
@@ -24,7 +24,11 @@ _TRAILERS: Final = re.compile(rb"(%b:[^\x00\r\n]*\r?\n)*\r?\n" % _TOKEN)
 
 
 class AmbiguousError(Exception):
-    """Not every parser would read these bytes in the same way, or not yet."""
+    """Not every parser would read these bytes in the same way."""
+
+
+class IncompleteError(AmbiguousError):
+    """There is one way to read these bytes, as a message that was broken off."""
 
 
 @attrs.frozen
@@ -47,7 +51,8 @@ def read_request(data: bytes, at: int = 0) -> tuple[Message, int]:
         It, and where the next begins.
 
     Raises:
-        AmbiguousError: If it is not whole, or there is more than one way to read it.
+        IncompleteError: If its beginning is all there is.
+        AmbiguousError: If there is more than one way to read it.
     """
     head, at = read_request_head(data, at)
     body, at = _read_body(data, at, head.headers, b"0")
@@ -67,6 +72,7 @@ def read_response(data: bytes, *, has_body: bool = True) -> Message:
     """Read all of *data* as one response.
 
     Raises:
+        IncompleteError: As :func:`read_request`.
         AmbiguousError: As :func:`read_request`; or if there is more than that.
     """
     start, headers, at = _read_head(data, 0, _STATUS_LINE)
@@ -84,7 +90,7 @@ def _read_head(
 ) -> tuple[tuple[bytes, ...], _Headers, int]:
     end = data.find(b"\r\n\r\n", at)
     if end < 0:
-        raise AmbiguousError("the head is not whole")
+        raise IncompleteError("the head is not whole")
     line, *lines = data[at:end].split(b"\r\n")
     start = first.fullmatch(line)
     fields = [_FIELD.fullmatch(line) for line in lines]
@@ -107,20 +113,23 @@ def _read_body(
         raise AmbiguousError("there are two lengths, or an odd one")
     end = at + int(length)
     if end > len(data):
-        raise AmbiguousError("the body is not whole")
+        raise IncompleteError("the body is not whole")
     return data[at:end], end
 
 
 def _read_chunks(data: bytes, at: int) -> tuple[bytes, int]:
     body = b""
     while chunk := _CHUNK.match(data, at):
-        at = chunk.end() + int(chunk[1], 16)
-        if at == chunk.end():
+        size = int(chunk[1], 16)
+        at = chunk.end() + size
+        if not size:
             break
         body += data[chunk.end() : at]
         if data[at : at + 2] != b"\r\n":
             raise AmbiguousError("a chunk does not end")
         at += 2
+    if at == len(data):
+        raise IncompleteError("there is a chunk to come")
     trailers = _TRAILERS.match(data, at)
     if not chunk or not trailers:
         raise AmbiguousError("the chunks do not end")
