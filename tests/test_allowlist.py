@@ -115,7 +115,18 @@ def test_what_says_nothing_may_be_left_out() -> None:
         ),
         (
             root_with(path="/\ud83d"),
-            '$.allowedRoots[0].path: must hold no control characters, not "/\\ud83d"',
+            '$.allowedRoots[0].path: must hold no half of a character, not "/\\ud83d"',
+        ),
+        (
+            root_with(description="\ud83d"),
+            (
+                "$.allowedRoots[0].description: must hold no half of a character, "
+                'not "\\ud83d"'
+            ),
+        ),
+        (
+            data_of(blockedPatterns=["\udc80"]),
+            '$.blockedPatterns[0]: must hold no half of a character, not "\\udc80"',
         ),
         (
             root_with(description=["x"]),

@@ -22,8 +22,9 @@ from ._models import AllowedRoot, MountAllowlist
 #: How much of a wrong value is quoted, and how many of them are told of.
 _QUOTED: Final = 60
 _TOLD: Final = 10
-# JSON can spell half an emoji, too: no path has one.
-_UNFIT: Final = re.compile("[\0-\x1f\x7f-\x9f\ud800-\udfff]")
+_UNFIT: Final = re.compile("[\0-\x1f\x7f-\x9f]")
+# JSON can spell half an emoji, which UTF-8 cannot: no path has one, and no file.
+_HALF: Final = re.compile("[\ud800-\udfff]")
 
 
 class _GivenTwice:
@@ -105,8 +106,15 @@ def _exactly(kind: type, what: str) -> Callable[[Any, Any], Any]:
     return hook
 
 
+def _text(value: Any, kind: Any) -> str:
+    text: str = _string(value, kind)
+    if _HALF.search(text):
+        raise ValueError(f"must hold no half of a character, not {_quoted(text)}")
+    return text
+
+
 def _path(value: Any, kind: Any) -> str:
-    path: str = _text(value, kind)
+    path = _text(value, kind)
     if not path.startswith(("/", "~/")) and path != "~":
         raise ValueError(f"must be absolute, or begin with ~/, not {_quoted(path)}")
     if _UNFIT.search(path):
@@ -116,7 +124,7 @@ def _path(value: Any, kind: Any) -> str:
 
 
 def _pattern(value: Any, kind: Any) -> str:
-    pattern: str = _text(value, kind)
+    pattern = _text(value, kind)
     # An empty one would match every path, one with a slash none.
     if not pattern or "/" in pattern:
         problem = f"must be part of one component of a path, not {_quoted(pattern)}"
@@ -145,7 +153,7 @@ def _object(cls: type[attrs.AttrsInstance], **fields: Any) -> Callable[[Any, Any
     return lambda value, kind: read(check(value, kind), kind)
 
 
-_text: Final = _exactly(str, "text")
+_string: Final = _exactly(str, "text")
 _flag: Final = _exactly(bool, "true or false")
 _Pattern = NewType("_Pattern", str)
 
