@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from typing import NoReturn
 
 from clawtrio import _models as m
@@ -19,6 +20,10 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(name)
 
 
+def _finite(number: str) -> float:
+    return min(max(float(number), -sys.float_info.max), sys.float_info.max)
+
+
 def _text(value: object) -> str | None:
     return re.sub("[\ud800-\udfff]", "\ufffd", value) if type(value) is str else None
 
@@ -26,7 +31,11 @@ def _text(value: object) -> str | None:
 def acceptable(data: bytes) -> m.AgentOutput | None:
     """Read *data* as an output; None if it is not acceptable."""
     try:
-        value = json.loads(data.decode(errors="replace"), parse_constant=_no_constant)
+        value = json.loads(
+            data.decode(errors="replace"),
+            parse_float=_finite,
+            parse_constant=_no_constant,
+        )
     except (ValueError, RecursionError):
         return None
     if not isinstance(value, dict) or value.get("status") not in ("success", "error"):
