@@ -100,10 +100,10 @@ def soak(session: nox.Session) -> None:
 def fuzz(session: nox.Session) -> None:
     """Property tests in depth, then libFuzzer: ``nox -s fuzz -- SECONDS``.
 
-    SECONDS, 60 by default, are for all of it together; below some 60 it takes longer,
-    since one pass of the property tests is made in any case. What is found is told
-    with a command to see it again, kept in build/fuzz, and a failure. ``--keep``, in
-    place of SECONDS, puts what new ways were found into the checked-in corpus.
+    SECONDS, 60 by default, are for all of it together, give or take what it started
+    last. What is found is a failure, told with a command to see it again, and kept in
+    build/fuzz. ``--keep``, in place of SECONDS, puts what goes new ways into the
+    checked-in corpus.
     """
     session.install("-e", ".[fuzz]")
     session.run("python", "-m", "tests.fuzz", *session.posargs)
