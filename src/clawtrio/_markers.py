@@ -187,6 +187,8 @@ class MarkerParser:
         if self._inside and not final and text is not self._buffer:
             at = self._begin_again(text, at, len(data))
         self._keep(text, at)
+        # They are the caller's alone, to forget.
+        self._events = []
         return events
 
     def _begin_again(self, text: _Text, at: int, read: int) -> int:
