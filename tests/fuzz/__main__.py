@@ -109,9 +109,10 @@ def _keep(target: str) -> None:
     least = place / "least"
     shutil.rmtree(least, ignore_errors=True)
     least.mkdir(parents=True)
-    if _libfuzzer(target, "-merge=1", str(least), str(place / "corpus")):
-        sys.exit(f"fuzz: the corpus of {target} stays as it is")
+    failed = _libfuzzer(target, "-merge=1", str(least), str(place / "corpus"))
     inputs = [path.read_bytes() for path in least.iterdir()]
+    if failed or not inputs:
+        sys.exit(f"fuzz: the corpus of {target} stays as it is")
     smallest = sorted(inputs, key=len)[:_MOST_INPUTS]
     write_corpus(target, smallest)
     _say(f"{target}: {len(smallest)} of {len(inputs)} inputs kept")

@@ -6,6 +6,7 @@ With files it runs the target on these, which is how a finding is reproduced.
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 
 import atheris
@@ -17,7 +18,9 @@ with atheris.instrument_imports(include=["clawtrio", "h11", "wire"]):
 
 def main() -> None:
     """Fuzz until libFuzzer ends the process."""
-    program, target, *options = sys.argv
+    _, target, *options = sys.argv
+    # What libFuzzer has a shell run to merge, with options behind it.
+    program = shlex.join([sys.executable, "-m", "tests.fuzz.guided", target])
     # To write what agents do wrong would take longer than to look at it.
     logging.disable()
     atheris.Setup([program, *options], TARGETS[target])
