@@ -110,7 +110,7 @@ def _output(wire: _WireOutput) -> AgentOutput:
     return AgentOutput(
         wire.status,
         wire.result,
-        _session_id(wire.new_session_id),
+        _session_id(wire.new_session_id) if wire.new_session_id else None,
         wire.error,
         wire.partial is True,
         wire.answers,

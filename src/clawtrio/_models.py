@@ -224,7 +224,8 @@ class MountAllowlist:
     non_main_read_only: bool
 
 
-@attrs.frozen
+# One is made for every frame. A frozen one with slots would take twice the time.
+@attrs.frozen(slots=False)
 class AgentOutput:
     """One frame that an agent wrote.
 
