@@ -2,8 +2,8 @@
 
 First property tests, with many examples, for a third of the time; then libFuzzer, for
 each target alike, which changes inputs and keeps what goes new ways. What it finds
-stays in build/fuzz, where the next run goes on. ``--keep`` puts the few inputs that go
-all those ways into the corpus that is checked in.
+stays in build/fuzz, where the next run goes on. ``--keep`` adds the few inputs that go
+those ways to the corpus that is checked in.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _PROPERTIES: Final = (
     *("test_markers.py", "test_proxy_limits.py", "test_proxy_usage.py"),
 )
 _PROPERTY_SHARE: Final = 1 / 3
-#: What a minimised corpus of a target may have at most.
+#: What the checked-in corpus of a target may have at most.
 _MOST_INPUTS: Final = 300
 _LONGEST_INPUT: Final = 2048
 
@@ -76,10 +76,7 @@ def _guided(target: str, seconds: int) -> bool:
     place = _BUILD / target
     found = place / "corpus"
     found.mkdir(parents=True, exist_ok=True)
-    for data in read_corpus(target):
-        (found / hashlib.sha1(data, usedforsecurity=False).hexdigest()).write_bytes(
-            data
-        )
+    _put_corpus(target, found)
     words = place / "words"
     words.write_text("".join(_entry(word) for word in WORDS[target]))
     _say(f"{target} for {seconds} s")
@@ -104,18 +101,26 @@ def _entry(word: bytes) -> str:
     return '"{}"\n'.format("".join(f"\\x{byte:02x}" for byte in word))
 
 
+def _put_corpus(target: str, place: Path) -> None:
+    for data in read_corpus(target):
+        name = hashlib.sha1(data, usedforsecurity=False).hexdigest()
+        (place / name).write_bytes(data)
+
+
 def _keep(target: str) -> None:
+    """Add what goes ways that the checked-in inputs, which all stay, do not."""
     place = _BUILD / target
-    least = place / "least"
-    shutil.rmtree(least, ignore_errors=True)
-    least.mkdir(parents=True)
-    failed = _libfuzzer(target, "-merge=1", str(least), str(place / "corpus"))
-    inputs = [path.read_bytes() for path in least.iterdir()]
-    if failed or not inputs:
+    merged = place / "merged"
+    shutil.rmtree(merged, ignore_errors=True)
+    merged.mkdir(parents=True)
+    _put_corpus(target, merged)
+    if _libfuzzer(target, "-merge=1", str(merged), str(place / "corpus")):
         sys.exit(f"fuzz: the corpus of {target} stays as it is")
-    smallest = sorted(inputs, key=len)[:_MOST_INPUTS]
-    write_corpus(target, smallest)
-    _say(f"{target}: {len(smallest)} of {len(inputs)} inputs kept")
+    had = read_corpus(target)
+    new = {path.read_bytes() for path in merged.iterdir()}.difference(had)
+    room = max(_MOST_INPUTS - len(had), 0)
+    write_corpus(target, [*had, *sorted(new, key=len)[:room]])
+    _say(f"{target}: {len(had)} inputs, and {min(len(new), room)} of {len(new)} new")
 
 
 def _libfuzzer(target: str, *options: str) -> int:

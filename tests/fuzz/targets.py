@@ -176,6 +176,7 @@ def _compare(value: Any, said: Any, needed: set[str], *others: str) -> None:
         if camel(field.name) not in said:
             assert part == field.default
         elif not isinstance(part, tuple):
+            assert type(part) in {str, bool, type(None)}
             assert type(part) is type(told)
             assert part == told
 
