@@ -205,6 +205,32 @@ def test_the_template_is_an_allowlist() -> None:
     assert all(root.description for root in TEMPLATE.allowed_roots)
 
 
+def test_an_allowlist_is_written_for_people() -> None:
+    """It is indented by two spaces, and has letters, not their escapes."""
+    allowlist = MountAllowlist(
+        allowed_roots=[], blocked_patterns=["clé"], non_main_read_only=True
+    )
+
+    assert encode_allowlist(allowlist).decode().splitlines() == [
+        "{",
+        '  "allowedRoots": [],',
+        '  "blockedPatterns": [',
+        '    "clé"',
+        "  ],",
+        '  "nonMainReadOnly": true',
+        "}",
+    ]
+
+
+@pytest.mark.parametrize(("size", "end"), [(58, 'x"'), (59, "x...")])
+def test_a_short_value_is_quoted_whole(size: int, end: str) -> None:
+    """What is wrong is quoted, up to 60 characters with its quotes."""
+    with pytest.raises(ValueError, match="must be true or false") as caught:
+        decode_allowlist(data_of(nonMainReadOnly="x" * size))
+
+    assert str(caught.value).endswith(end)
+
+
 def test_nanoclaw_s_patterns_are_blocked_and_all_are_small() -> None:
     """Nothing that NanoClaw blocks is open here."""
     nanoclaw = (

@@ -92,6 +92,7 @@ class Conversation(RuleBasedStateMachine):
     def the_texts_that_got_no_answer_are_known(self) -> None:
         """In order, each as it was asked."""
         assert self.turns.unanswered == tuple(self.texts[n] for n in sorted(self.open))
+        assert self.turns.pending == tuple(sorted(self.open))
         assert self.turns.session_id == self.session
 
     @invariant()
