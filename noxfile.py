@@ -110,6 +110,13 @@ def fuzz(session: nox.Session) -> None:
 
 
 @nox.session(python=OLDEST)
+def mutants(session: nox.Session) -> None:
+    """Changes that no test notices: ``nox -s mutants -- _turns``; docs/mutants.md."""
+    session.install("-e", ".[test]", "cosmic-ray")
+    session.run("python", "tests/mutants.py", *session.posargs)
+
+
+@nox.session(python=OLDEST)
 def docs(session: nox.Session) -> None:
     """The documentation, into build/docs; a warning is an error."""
     session.install("-e", ".[docs]")
