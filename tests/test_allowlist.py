@@ -324,8 +324,10 @@ def test_a_malformed_file_is_an_error_until_it_is_mended(
 def test_a_file_of_any_size_is_no_allowlist(
     allowlist: AllowlistFile, path: Path
 ) -> None:
-    """A megabyte is enough."""
-    path.write_bytes(data_of() + b" " * MAX_FILE_BYTES)
+    """A megabyte is enough, to the byte."""
+    path.write_bytes(data_of().ljust(MAX_FILE_BYTES))
+    assert allowlist.read() is not None
+    path.write_bytes(data_of().ljust(MAX_FILE_BYTES + 1))
 
     with pytest.raises(AllowlistError, match=f"not be larger than {MAX_FILE_BYTES}"):
         allowlist.read()
@@ -380,6 +382,19 @@ def test_what_others_can_write_is_not_trusted(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can do that")
+def test_root_s_is_trusted_by_others(
+    allowlist: AllowlistFile, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who runs a bot need not be who decides what its agents may see."""
+    path.write_bytes(data_of())
+    path.chmod(0o664)
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    monkeypatch.setattr(os, "getegid", lambda: 12345)
+
+    assert allowlist.read() is not None
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can do that")
 def test_another_user_s_is_not_trusted(allowlist: AllowlistFile, path: Path) -> None:
     """It must be our own, or root's."""
     path.write_bytes(data_of())
@@ -422,15 +437,17 @@ def test_nanoclaw_s_place_is_read_until_there_is_ours(
     assert allowlist.path == settings.allowlist_path
 
 
+@pytest.mark.parametrize("name", ["0.json", "zzz.json"])
 def test_nanoclaw_s_place_is_not_for_who_has_chosen_another(
-    allowlist: AllowlistFile, home: Path
+    home: Path, tmp_path: Path, name: str
 ) -> None:
-    """A place that is set is the only one."""
+    """A place that is set is the only one, however it is called."""
+    settings = Settings(root=str(tmp_path), allowlist_path=str(home / name))
     old = home / ".config" / "nanoclaw" / "mount-allowlist.json"
     old.parent.mkdir(parents=True)
     old.write_bytes(data_of())
 
-    assert allowlist.read() is None
+    assert AllowlistFile(settings, Forbidden(settings)).read() is None
 
 
 def test_the_template_is_for_us_alone(tmp_path: Path) -> None:
