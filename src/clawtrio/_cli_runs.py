@@ -19,7 +19,7 @@ from ._cli_terminal import (
     say_json,
 )
 from ._codec import output_to_wire
-from ._engine import Engine, open_engine
+from ._engine import open_engine
 from ._errors import UnsafePathError
 from ._groups import Places
 from ._hostfs import Directory
@@ -120,40 +120,6 @@ def reset(places: Places, group: Group) -> bool:
         return sessions.forget()
 
 
-async def _ask(
-    engine: Engine,
-    group: Group,
-    prompt: str,
-    interrupts: Interrupts,
-    *,
-    as_json: bool,
-    new_session: bool,
-) -> int:
-    """Ask, tell what the agent says, and return the exit code."""
-    with open_sessions(engine.settings, group) as sessions:
-        known = None if new_session else sessions.load()
-        async with engine.open_run(
-            group,
-            prompt,
-            chat_jid=f"cli:{group.folder}",
-            session_id=known,
-            single_turn=True,
-        ) as run:
-            interrupts.stop = run.stop
-            async for output in run:
-                remember(sessions, output.new_session_id)
-                await _tell(output, as_json=as_json)
-        interrupts.stop = interrupts.scope.cancel
-        remember(sessions, run.result.new_session_id)
-    if as_json:
-        await say_json(result_to_wire(run.result))
-    if run.result.ending is Ending.STOPPED:
-        note("stopped")
-    elif run.result.status == "error":
-        complain(problem_of(run.result, resumed=known is not None))
-    return 0 if run.result.status == "success" else 1
-
-
 async def _tell(output: AgentOutput, *, as_json: bool) -> None:
     if as_json:
         await say_json(output_to_wire(output))
@@ -213,20 +179,37 @@ async def run_prompt(
     as_json: bool,
     new_session: bool,
 ) -> int:
-    """Ask one thing; :data:`STDIN` is what comes there."""
+    """Ask one thing, tell what the agent says, and return the exit code.
+
+    :data:`STDIN` asks what comes there.
+    """
     if prompt == STDIN:
         prompt = await read_all()
     if not prompt.strip():
         raise UsageError("the prompt is empty")
     async with open_engine(settings) as engine:
-        return await _ask(
-            engine,
-            group,
-            prompt,
-            interrupts,
-            as_json=as_json,
-            new_session=new_session,
-        )
+        with open_sessions(settings, group) as sessions:
+            known = None if new_session else sessions.load()
+            async with engine.open_run(
+                group,
+                prompt,
+                chat_jid=f"cli:{group.folder}",
+                session_id=known,
+                single_turn=True,
+            ) as run:
+                interrupts.stop = run.stop
+                async for output in run:
+                    remember(sessions, output.new_session_id)
+                    await _tell(output, as_json=as_json)
+            interrupts.stop = interrupts.scope.cancel
+            remember(sessions, run.result.new_session_id)
+        if as_json:
+            await say_json(result_to_wire(run.result))
+        if run.result.ending is Ending.STOPPED:
+            note("stopped")
+        elif run.result.status == "error":
+            complain(problem_of(run.result, resumed=known is not None))
+    return 0 if run.result.status == "success" else 1
 
 
 async def plan_run(settings: Settings, group: Group) -> int:
