@@ -34,8 +34,12 @@ async def top(settings: Settings) -> int:
         while True:
             told = await ask_status(places.engines)
             runs = [run for engine in told for run in engine["runs"]]
-            memory = await trio.to_thread.run_sync(
-                measure_memory, [run["process"] for run in runs if run["process"]]
+            processes = [run["process"] for run in runs if run["process"] is not None]
+            # Of fakes nothing is to be measured, and a thread would hurry their clock.
+            memory = (
+                await trio.to_thread.run_sync(measure_memory, processes)
+                if processes
+                else {}
             )
             rows = [_row(run, memory.get(run["process"])) for run in runs]
             live = is_interactive()
@@ -65,7 +69,7 @@ def measure_memory(containers: list[int]) -> dict[int, int]:
             names[_namespace_of(process)] = process
     names.pop(_namespace_of(os.getpid()), None)
     memory: Counter[int] = Counter()
-    for place in Path("/proc").glob("[1-9]*") if names else ():
+    for place in Path("/proc").glob("[1-9]*"):
         # Processes end while we look.
         with contextlib.suppress(OSError):
             if found := names.get(_namespace_of(int(place.name))):
