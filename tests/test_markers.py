@@ -80,6 +80,35 @@ def test_chunk_boundaries_do_not_matter(chunks: list[bytes], limit: int) -> None
     assert parse(chunks, limit) == parse(bytewise(data), limit)
 
 
+@given(chunks=chunked(marker_streams), limit=limits)
+@example(chunks=[START + b"\n" + HI + b"\n", END], limit=len(HI) + 2)
+@example(chunks=[START + b"\n" + HI, b"\n" + END], limit=len(HI) + 2)
+@example(chunks=[START + b"\n" + HI, END, b"\n"], limit=len(HI) + 40)
+@example(chunks=[START, b"x" * 40, b"\n", START + HI + b"\n", END], limit=100)
+@example(chunks=[START, b"x" * 40, b"y"], limit=40)
+def test_what_is_sure_is_told_at_once(chunks: list[bytes], limit: int) -> None:
+    """Nothing waits for a later read that the bytes so far have decided."""
+    for reads in (chunks, bytewise(b"".join(chunks))):
+        parser = MarkerParser(max_frame_bytes=limit)
+        events: Events = []
+        so_far = b""
+        for read in reads:
+            events += parser.feed(read)
+            so_far += read
+            assert events == MarkerParser(max_frame_bytes=limit).feed(so_far)
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_the_usual_limit_is_16_mib(more: int) -> None:
+    """What is larger by a byte is too large."""
+    frame = START + b"\n" + HI.ljust(2**24 - 2 + more) + b"\n" + END
+    parser = MarkerParser()
+
+    events = [*parser.feed(frame[:1000]), *parser.feed(frame[1000:])]
+
+    assert events == [DroppedFrame("too_large", 2**24 + 1) if more else HI_OUTPUT]
+
+
 @given(data=marker_streams, limit=limits)
 def test_the_contract_in_its_simplest_form_agrees(data: bytes, limit: int) -> None:
     """A stream means what the contract says that it means."""
