@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -85,16 +84,21 @@ def name_of(pid: int) -> str | None:
     return None if rest[:1] in b"ZX" else head.partition(b"(")[2].decode()
 
 
+async def all_gone(pids: list[int]) -> None:
+    """Wait until processes are dead: one that is killed may take a moment to die."""
+    while any(map(name_of, pids)):  # noqa: ASYNC110 - nobody tells us
+        await trio.sleep(0.01)
+
+
 async def test_host_that_goes_ends_all(talking: Talking) -> None:
     """At the end of its lifeline the agent is gone within a second, the CLI too."""
     async with talking(ENDLESS) as talk:
         below = await busy(talk)
         assert len(below) >= 2
-        started = time.monotonic()
         await talk.agent.hang_up()
-        assert await talk.agent.process.wait() == 129
-        assert time.monotonic() - started < 1
-        assert not any(map(name_of, below))
+        with trio.fail_after(1):
+            assert await talk.agent.process.wait() == 129
+            await all_gone(below)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -102,11 +106,10 @@ async def test_signal_ends_all(talking: Talking, number: signal.Signals) -> None
     """A signal ends the agent within five seconds, the CLI too."""
     async with talking(ENDLESS) as talk:
         below = await busy(talk)
-        started = time.monotonic()
         talk.agent.process.send_signal(number)
-        assert await talk.agent.process.wait() == 128 + number
-        assert time.monotonic() - started < 5
-        assert not any(map(name_of, below))
+        with trio.fail_after(5):
+            assert await talk.agent.process.wait() == 128 + number
+            await all_gone(below)
 
 
 async def test_signal_while_the_host_reads_nothing(talking: Talking) -> None:
@@ -182,4 +185,5 @@ async def test_stdout_that_is_closed(talking: Talking) -> None:
             if name_of(pid) == "tail":
                 kill(pid)
         assert await talk.agent.process.wait() == 1
-        assert not any(map(name_of, below))
+        with trio.fail_after(5):
+            await all_gone(below)
