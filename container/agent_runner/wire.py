@@ -203,6 +203,8 @@ def leave(reason: str, code: int) -> NoReturn:
 
     What it has started ends with it.
     """
+    # Else another thread might first tell of the end of what is killed here, and leave.
+    _writing.acquire(blocking=False)
     try:
         say(reason)
         children.kill_all()
