@@ -11,7 +11,7 @@ from pathlib import Path
 import attrs
 import pytest
 
-from clawtrio._docker import DockerRuntime, _compare_mounts
+from clawtrio._docker import DockerContainer, DockerRuntime, _compare_mounts
 from clawtrio._errors import NotStartedError, UnsafePathError
 from clawtrio._flavours import DOCKER, PODMAN, Flavour
 from clawtrio._models import VolumeMount
@@ -262,3 +262,14 @@ def test_unreadable_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert replaced is None
     assert "No such file" in why
+
+
+def test_a_process_of_another_host_is_nobody_s() -> None:
+    """An id that names no process of the container here is not told."""
+    container = DockerContainer.__new__(DockerContainer)
+    container._seen = None
+    assert container.process is None
+
+    for process in (os.getpid(), 2**22 - 1):
+        container._seen = ("0" * 64, process)
+        assert container.process is None
