@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import resource
 import sys
 import time
@@ -24,7 +23,7 @@ import attrs
 import trio
 from bots import open_root
 from matplotlib.figure import Figure as Canvas
-from report import Report
+from report import Report, memory_of
 from trio_util import AsyncValue
 
 from clawtrio import (
@@ -141,8 +140,7 @@ class Crowd:
 def memory() -> float:
     """Return the KiB of this process that are in memory."""
     gc.collect()
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1024
+    return memory_of() / 1024
 
 
 def descriptors() -> int:

@@ -21,7 +21,7 @@ from pathlib import Path
 import attrs
 import trio
 import trio.lowlevel
-from report import Report
+from report import Report, memory_of
 
 #: What the Claude CLI sends, and an answer of a few sentences.
 REQUEST_BODY = b"x" * 42_000
@@ -89,8 +89,7 @@ class Peer:
 
     def memory(self) -> float:
         """Return the MiB that it occupies."""
-        pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+        return memory_of(self.pid) / 2**20
 
     def request(self, length: int) -> bytes:
         """Write a head."""

@@ -144,6 +144,12 @@ def paired(
     return statistics.median(firsts), statistics.median(seconds), ratio
 
 
+def memory_of(process: int | str = "self") -> int:
+    """Return the bytes of a process that are in memory."""
+    pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
 def _seconds(work: Callable[[], object]) -> float:
     started = time.perf_counter()
     work()

@@ -11,11 +11,12 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
+import attrs
 import trio
 from trio.testing import lockstep_stream_one_way_pair
 
 import clawtrio
-from clawtrio import Engine, FoundContainer, Group, Settings
+from clawtrio import Ending, Engine, FoundContainer, Group, RunResult, Settings
 from clawtrio.testing import AgentPipes, FakeAgent, FakeRuntime, framed
 
 GROUP: Final = Group("Family", "family")
@@ -49,6 +50,23 @@ def settings_for(root: Path, **changes: Any) -> Settings:
         "min_free_bytes": 0,
     }
     return Settings(root=str(root), **{**plain, **changes})
+
+
+def result_of(**changes: Any) -> RunResult:
+    """Make the result of a run that went well."""
+    result = RunResult(
+        status="success",
+        ending=Ending.EXITED,
+        exit_code=0,
+        duration=1.2345,
+        outputs=1,
+        dropped_frames=0,
+        unanswered=(),
+        stdout_truncated=False,
+        stderr_truncated=False,
+        log_path=Path("/x.log"),
+    )
+    return attrs.evolve(result, **changes)
 
 
 @asynccontextmanager

@@ -18,6 +18,7 @@ from clawtrio import Ending, RunResult, VolumeMount
 from clawtrio._hostfs import MAX_ENTRIES, Directory
 from clawtrio._runlog import Capture, LogEntry, log_name, prune_logs, render_log
 
+from .helpers import result_of
 from .strategies import chunked
 
 
@@ -126,23 +127,6 @@ def entry_of(**changes: Any) -> LogEntry:
         stderr=captured(b"it broke\n"),
     )
     return attrs.evolve(entry, **changes)
-
-
-def result_of(**changes: Any) -> RunResult:
-    """Make the result of a run that went well."""
-    result = RunResult(
-        status="success",
-        ending=Ending.EXITED,
-        exit_code=0,
-        duration=1.2345,
-        outputs=1,
-        dropped_frames=0,
-        unanswered=(),
-        stdout_truncated=False,
-        stderr_truncated=False,
-        log_path=Path("/x.log"),
-    )
-    return attrs.evolve(result, **changes)
 
 
 FAILED = result_of(status="error", ending=Ending.FAILED, exit_code=1, outputs=0)

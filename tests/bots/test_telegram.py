@@ -24,7 +24,6 @@ from clawtrio import (
     ContainerConfig,
     Ending,
     Group,
-    RunResult,
     SettingsError,
 )
 from clawtrio.bots import telegram as telegram_module
@@ -41,7 +40,7 @@ from clawtrio.bots._telegram_text import (
     words_of,
 )
 from clawtrio.testing import AgentPipes, FakeRuntime, scripted_agent
-from tests.helpers import echoing, frame, settings_for
+from tests.helpers import echoing, frame, result_of, settings_for
 from tests.upstream import PATIENCE, until
 
 from .telegram_api import (
@@ -352,19 +351,7 @@ async def test_an_apology_tells_nothing(ending: Ending, reason: str) -> None:
         return httpx.Response(200, json={"ok": True, "result": {}})
 
     http = httpx.AsyncClient(transport=httpx.MockTransport(respond), base_url=API_URL)
-    result = RunResult(
-        status="error",
-        error="/root/secret",
-        ending=ending,
-        exit_code=1,
-        duration=1,
-        outputs=0,
-        dropped_frames=0,
-        unanswered=(),
-        stdout_truncated=False,
-        stderr_truncated=False,
-        log_path=Path("log"),
-    )
+    result = result_of(status="error", error="/root/secret", ending=ending, exit_code=1)
 
     await Client(http).regret("tg:1", ("hello",), result)
 

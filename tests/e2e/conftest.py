@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
 import time
@@ -92,6 +93,13 @@ def descriptors() -> dict[int, str]:
         with contextlib.suppress(OSError):
             found[int(path.name)] = str(path.readlink())
     return found
+
+
+def memory(what: str) -> int:
+    """Return a number that /proc/self/status has, such as VmRSS, in bytes."""
+    found = re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
 
 
 async def wait_until(true: Callable[[], object]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import trio
 
 from clawtrio import AgentOutput, Ending, RunResult, Settings, open_engine
 
-from .conftest import RUNTIMES, STUBBORN, Site, facts, group
+from .conftest import RUNTIMES, STUBBORN, Site, facts, group, memory
 
 MIB = 2**20
 
@@ -224,13 +223,6 @@ async def test_stdin_closed(site: Site) -> None:
 def forget_peak() -> None:
     """Have the peak of this process's memory start anew."""
     Path("/proc/self/clear_refs").write_text("5")
-
-
-def memory(what: str) -> int:
-    """Return a number of /proc/self/status, in bytes."""
-    found = re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
 
 
 async def test_noise(site: Site) -> None:

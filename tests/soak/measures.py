@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
-import re
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ import attrs
 import trio
 
 from clawtrio import Run
-from tests.e2e.conftest import Site, descriptors, processes, wait_until
+from tests.e2e.conftest import Site, descriptors, memory, processes, wait_until
 
 #: Seconds until all is quiet: the janitor looks once more, and a client or two go.
 SETTLED_WITHIN: Final = 20.0
@@ -90,7 +89,7 @@ async def measure(sites: Iterable[Site]) -> Measures:
         ),
         runs=sum(isinstance(thing, Run) for thing in gc.get_objects()),
         files=sum(len(_files(root)) for root in {site.root for site in places}),
-        memory=_resident() // 2**20,
+        memory=memory("VmRSS") // 2**20,
     )
 
 
@@ -117,10 +116,3 @@ def _files(root: Path) -> list[Path]:
     places = (root / "data" / name for name in ("sockets", "trash", "engines"))
     # Hidden are locks.
     return [path for place in places for path in place.glob("[!.]*")]
-
-
-def _resident() -> int:
-    status = Path("/proc/self/status").read_text()
-    found = re.search(r"VmRSS:\s+(\d+) kB", status)
-    assert found is not None
-    return int(found[1]) * 1024
