@@ -28,9 +28,9 @@ import trio
 from clawtrio import (
     _cli,
     _cli_care,
-    _cli_chat,
     _cli_demo,
     _cli_doctor,
+    _cli_runs,
     _cli_terminal,
     _engine,
 )
@@ -1046,7 +1046,7 @@ def test_chat_that_nobody_reads(
     async def say(_: str) -> None:
         raise BrokenPipeError
 
-    monkeypatch.setattr(_cli_chat, "say", say)
+    monkeypatch.setattr(_cli_runs, "say", say)
     fake(scripted_agent(success("Hello")))
 
     with typed(b"one\n", then_close=False):

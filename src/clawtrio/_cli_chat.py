@@ -8,16 +8,8 @@ from typing import Final
 
 import trio
 
-from ._cli_runs import SessionStore, open_sessions, problem_of, remember
-from ._cli_terminal import (
-    Interrupts,
-    Lines,
-    complain,
-    is_interactive,
-    note,
-    say,
-    write,
-)
+from ._cli_runs import SessionStore, open_sessions, problem_of, remember, tell
+from ._cli_terminal import Interrupts, Lines, complain, is_interactive, note, write
 from ._dispatcher import Dispatcher, open_dispatcher
 from ._engine import open_engine
 from ._models import AgentOutput, Ending, Group, RunResult
@@ -67,11 +59,8 @@ class _Chat:
 
     async def answer(self, _: str, output: AgentOutput, _key: str) -> None:
         """Tell what the agent says."""
-        assert output.result is not None, "outputs without text come to no callback"
         try:
-            await say(output.result)
-            if output.status == "error":
-                complain(problem_of(output))
+            await tell(output)
             if not output.partial:
                 self.invite()
         except OSError as exc:

@@ -120,10 +120,8 @@ def reset(places: Places, group: Group) -> bool:
         return sessions.forget()
 
 
-async def _tell(output: AgentOutput, *, as_json: bool) -> None:
-    if as_json:
-        await say_json(output_to_wire(output))
-        return
+async def tell(output: AgentOutput) -> None:
+    """Tell a person what an agent says."""
     if output.result is not None:
         await say(output.result)
     if output.status == "error":
@@ -200,7 +198,10 @@ async def run_prompt(
                 interrupts.stop = run.stop
                 async for output in run:
                     remember(sessions, output.new_session_id)
-                    await _tell(output, as_json=as_json)
+                    if as_json:
+                        await say_json(output_to_wire(output))
+                    else:
+                        await tell(output)
             interrupts.stop = interrupts.scope.cancel
             remember(sessions, run.result.new_session_id)
         if as_json:

@@ -13,13 +13,12 @@ import trio
 from ._cli_care import has_data
 from ._cli_terminal import is_interactive, show, write
 from ._groups import open_places
-from ._settings import Settings
+from ._settings import MIB, Settings
 from ._status import ask_status
 
 _HEADER: Final = (
     *("GROUP", "RUN", "STATE", "AGE", "IDLE", "OUTPUTS", "TOKENS", "MEMORY"),
 )
-_MIB: Final = 2**20
 #: Moves to the upper left, and clears what is below.
 _CLEAR: Final = "\x1b[H\x1b[J"
 #: Seconds between two looks.
@@ -93,5 +92,5 @@ def _row(run: dict[str, Any], memory: int | None) -> tuple[str, ...]:
         f"{run['idle']:.0f} s",
         f"{run['outputs']}",
         f"{tokens}",
-        "-" if memory is None else f"{memory / _MIB:.0f} MiB",
+        "-" if memory is None else f"{memory / MIB:.0f} MiB",
     )
