@@ -103,10 +103,6 @@ def decode_output(data: bytes | bytearray | memoryview) -> AgentOutput | None:
         wire = _decoder.decode(data)
     except _REFUSALS:
         return _decode_patiently(data)
-    return _output(wire)
-
-
-def _output(wire: _WireOutput) -> AgentOutput:
     return AgentOutput(
         wire.status,
         wire.result,

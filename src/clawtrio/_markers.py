@@ -49,6 +49,8 @@ _NEWLINE: Final = 0x0A
 _FIRST: Final = START + b"\n"
 _LAST: Final = b"\n" + END
 _BETWEEN: Final = _LAST + b"\n" + _FIRST
+#: How the plainest frame begins. One cannot end on the line that begins with the brace.
+_PLAIN: Final = _FIRST + b"{"
 #: Outputs beyond this gain nothing from being read together.
 _RUN_BYTES: Final = 2**16
 #: JSON's white space, less the newline.
@@ -76,17 +78,20 @@ class MarkerParser:
         if max_frame_bytes < 1:
             raise ValueError(f"max_frame_bytes must be 1 or more: {max_frame_bytes!r}")
         self._max_frame_bytes = max_frame_bytes
+        # A run, or a frame that waits for the next read, is no longer than that: so no
+        # body in it is over the limit.
+        self._longest = len(START) + min(max_frame_bytes, _RUN_BYTES)
         self._events: list[_Event] = []
-        # Outside a frame, what may be the beginning of START, or of a frame that is
-        # better begun again. In one, its body so far, or, while it is skipped, enough
-        # of that to know the next marker by.
+        # Outside a frame, what may be the beginning of START, or what there is of a
+        # frame that a run may have. In one, its body so far, or, while it is skipped,
+        # enough of that to know the next marker by.
         self._buffer = bytearray()
         self._inside = False
         self._skipping = False
         # No undecided _CORE begins in front of this, counted as _buffer is.
         self._seek = 0
-        # How much of a body may follow, without a newline, before there is anything to
-        # decide: an end of a frame has one on either side of it.
+        # How much may follow, without a newline, before there is anything to decide: an
+        # end of a frame has one on either side of it.
         self._room = 0
         # What a line "{...}END" that ended a frame gave.
         self._value: AgentOutput | None = None
@@ -155,17 +160,17 @@ class MarkerParser:
     def _parse(self, data: bytes, *, final: bool) -> list[_Event]:
         events: list[_Event] = []
         self._events = events
-        self._no_run = 0
+        self._no_run = self._room = 0
         text: _Text = data
         if self._inside:
             self._buffer += data
             text = self._buffer
         elif self._buffer:
-            text = bytes(self._buffer) + data
+            text = b"".join((self._buffer, data))
         at = 0  # in a frame, where its body begins; outside, what is still to search
         while True:
             if not self._inside:
-                at = self._open(text, at)
+                at = self._open(text, at, final=final)
                 if not self._inside:
                     break
             mark = self._find_end(text, at, final=final)
@@ -184,73 +189,56 @@ class MarkerParser:
                 text = bytes(text[at:])
                 self._buffer = bytearray()
                 at = self._no_run = 0
-        if self._inside and not final and text is not self._buffer:
-            at = self._begin_again(text, at, len(data))
         self._keep(text, at)
         # They are the caller's alone, to forget.
         self._events = []
         return events
 
-    def _begin_again(self, text: _Text, at: int, read: int) -> int:
-        """Leave a frame that began a moment ago, so that the next read finds it whole.
-
-        Thus it may be part of a run, which is worth more than another look at what is
-        no larger than the last read.
-
-        Returns:
-            Where what is to be kept begins.
-        """
-        start = at - len(START)
-        if self._skipping or len(text) - start > min(read, _RUN_BYTES):
-            return at
-        self._inside = False
-        return start
-
-    def _open(self, text: _Text, at: int) -> int:
-        """Go into the next frame, if there is one that cannot be taken in a run.
+    def _open(self, text: _Text, at: int, *, final: bool) -> int:
+        """Go into the next frame, but for one that a run has, or may have soon.
 
         Returns:
             Where its body begins; outside, where what is to be kept begins.
         """
         while (start := text.find(START, at)) >= 0:
             self._fallback = None
-            at = self._take_run(text, start) if start >= self._no_run else start
-            if at == start:
-                self._inside = True
-                self._seek = start + len(START)
-                return self._seek
+            at = start
+            if start >= self._no_run and text.startswith(_PLAIN, start):
+                stop = start + self._longest
+                if text.find(b"\n", start + len(_PLAIN), stop) >= 0:
+                    at = self._take_run(text, start, stop)
+                    if at > start:
+                        continue
+                elif len(text) <= stop and not final:
+                    self._room = stop - len(text)
+                    return start
+            self._inside = True
+            self._seek = start + len(START)
+            return self._seek
         return _held(text, at)
 
-    def _take_run(self, text: _Text, start: int) -> int:
+    def _take_run(self, text: _Text, start: int, stop: int) -> int:
         """Take a run of the plainest frames at once, which is faster.
 
-        It means what taking them one by one would: an output in a line of its own ends
-        with a brace, or blank, and not with a marker, so no frame ends before its END.
+        It means what taking them one by one would: within an output, which is JSON, no
+        marker is at the start of a line, and no line is an output with END behind it.
 
         Returns:
             Where the run ends; *start* if there is none.
         """
-        if not text.startswith(_FIRST, start):
-            return start
         begin = start + len(_FIRST)
-        stop = begin + min(self._max_frame_bytes, _RUN_BYTES)
-        taken: list[AgentOutput] = []
-        # This search is much faster than the next, and mostly enough for a long output.
-        if text.find(b"\n", begin, stop) >= 0:
-            last = max(begin, text.rfind(_LAST, begin, stop))
-            bodies: Sequence[_Text] = text[begin:last].split(_BETWEEN)
-            for body in bodies:
-                if b"\n" in body or not (output := decode_output(body)):
-                    break
-                taken.append(output)
-            left = sum(len(_BETWEEN) + len(body) for body in bodies[len(taken) :])
-            if taken:
-                self._events += taken
-                start = last - left + len(_LAST)
-            if not left:
-                return start
-        self._no_run = stop
-        return start
+        last = max(begin, text.rfind(_LAST, begin, stop))
+        bodies: Sequence[_Text] = text[begin:last].split(_BETWEEN)
+        outputs: list[AgentOutput] = []
+        for output in map(decode_output, bodies):
+            if output is None:
+                self._no_run = stop
+                left = bodies[len(outputs) :]
+                last -= sum(len(_BETWEEN) + len(body) for body in left)
+                break
+            outputs.append(output)
+        self._events += outputs
+        return last + len(_LAST) if outputs else start
 
     def _keep(self, text: _Text, at: int) -> None:
         """Keep *text* from *at* on, or what matters of it, for the next read."""
@@ -262,7 +250,6 @@ class MarkerParser:
             del self._buffer[:at]
         else:
             self._buffer = bytearray(text[at:])
-        self._room = 0
         if self._inside and not self._skipping:
             size = len(self._buffer)
             if self._buffer.find(b"\n", max(0, size - _LINE_END)) < 0:
