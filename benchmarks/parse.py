@@ -1,9 +1,12 @@
 """How fast is the parser, next to its peers, and to the least that must be done?
 
 The peers are the programs under ``peers``: NanoClaw's way in Node, and asyncio's. The
-least is decoding alone, with the same decoder, and one search through all bytes. All
-get the same bytes in the same reads, in turn, again and again: machines are noisy, so
-look at the ratios. ``python benchmarks/parse.py`` prints tables; Node must be
+least is decoding alone, with the same decoder, and one search through all bytes. What
+one read completes is handed out together: to decode as many, and to forget none of them
+before the last is there, costs more, and has nothing to do with markers.
+
+All get the same bytes in the same reads, in turn, again and again: machines are noisy,
+so look at the ratios. ``python benchmarks/parse.py`` prints tables; Node must be
 installed.
 """
 
@@ -46,10 +49,11 @@ MIB: Final = 2**20
 
 OURS: Final = "clawtrio"
 DECODING: Final = "decoding"
+KEEPING: Final = "decoding, kept"
 FINDING: Final = "bytes.find"
 NODE: Final = "Node"
 ASYNCIO: Final = "asyncio"
-OTHERS: Final = (NODE, ASYNCIO, DECODING, FINDING)
+OTHERS: Final = (NODE, ASYNCIO, DECODING, KEEPING, FINDING)
 
 Times = dict[tuple[str, int], list[float]]
 
@@ -127,6 +131,14 @@ def decode(bodies: list[bytes]) -> int:
     return len(bodies)
 
 
+def decode_and_keep(bodies: list[bytes], number: int) -> int:
+    """Decode *bodies*, and forget them not before there are *number*, as a read does."""
+    for at in range(0, len(bodies), number):
+        kept = [decode_output(one) for one in bodies[at : at + number]]
+        del kept
+    return len(bodies)
+
+
 def find(reads: list[bytes]) -> None:
     """Search all *reads* for what begins no frame, and nothing else."""
     for read in reads:
@@ -180,6 +192,9 @@ def measure(stream: Stream, file: Path, peers: dict[str, Peer]) -> Times:
         reads = cut(stream.data, read)
         works[OURS, read] = partial(seconds, partial(parse, reads), frames)
         works[DECODING, read] = partial(seconds, partial(decode, stream.bodies), frames)
+        number = max(read * frames // len(stream.data), 1)
+        keeping = partial(decode_and_keep, stream.bodies, number)
+        works[KEEPING, read] = partial(seconds, keeping, frames)
         works[FINDING, read] = partial(seconds, partial(find, reads), None)
         for name, peer in peers.items():
             works[name, read] = partial(peer.seconds, file, read, frames)
