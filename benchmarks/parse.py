@@ -132,7 +132,7 @@ def decode(bodies: list[bytes]) -> int:
 
 
 def decode_and_keep(bodies: list[bytes], number: int) -> int:
-    """Decode *bodies*, and forget them not before there are *number*, as a read does."""
+    """Decode *bodies*, and forget none before there are *number*, as in a read."""
     for at in range(0, len(bodies), number):
         kept = [decode_output(one) for one in bodies[at : at + number]]
         del kept

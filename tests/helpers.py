@@ -87,15 +87,18 @@ class Reader:
         self._buffer = bytearray()
 
     async def line(self) -> dict[str, Any] | None:
-        """Return the next line's object; None at the end of file."""
+        """Return the next line's object; None at the end of file.
+
+        A prompt that is all of stdin has no newline.
+        """
         while b"\n" not in self._buffer:
             chunk = await self._stdin.receive_some()
             if not chunk:
-                return None
+                break
             self._buffer += chunk
         line, _, rest = self._buffer.partition(b"\n")
         self._buffer = bytearray(rest)
-        found: dict[str, Any] = json.loads(line)
+        found: dict[str, Any] | None = json.loads(line) if line else None
         return found
 
 

@@ -9,6 +9,7 @@ import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 import attrs
@@ -200,6 +201,16 @@ async def open_api(
         await nursery.start(partial(trio.serve_listeners, api.serve, listeners))
         yield api
         nursery.cancel_scope.cancel()
+
+
+def write_env(
+    root: Path, port: int, variable: str = "ANTHROPIC_API_KEY", secret: str = SECRET
+) -> None:
+    """Write ``.env`` as whoever renews a token does."""
+    new = root / "new"
+    base_url = f"http://127.0.0.1:{port}"
+    new.write_text(f"{variable}={secret}\nANTHROPIC_BASE_URL={base_url}\n")
+    new.rename(root / ".env")
 
 
 def credential_for(

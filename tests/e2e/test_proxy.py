@@ -17,7 +17,16 @@ import trio
 
 from clawtrio import AgentOutput, Ending, Engine, Run, Usage, open_engine
 from tests.helpers import own_addresses
-from tests.upstream import SECRET, SSE, Call, FakeApi, Handler, answering, open_api
+from tests.upstream import (
+    SECRET,
+    SSE,
+    Call,
+    FakeApi,
+    Handler,
+    answering,
+    open_api,
+    write_env,
+)
 
 from .conftest import Site, group, processes
 from .test_killed import host
@@ -115,16 +124,6 @@ def search(*backwards):
 while (line := hear()) and line.get("type") != "close":
     emit(json.dumps(eval(line.get("prompt") or line["text"])))
 """
-
-
-def write_env(
-    root: Path, port: int, variable: str = "ANTHROPIC_API_KEY", secret: str = SECRET
-) -> None:
-    """Write ``.env`` as whoever renews a token does."""
-    new = root / "new"
-    base_url = f"http://127.0.0.1:{port}"
-    new.write_text(f"{variable}={secret}\nANTHROPIC_BASE_URL={base_url}\n")
-    new.rename(root / ".env")
 
 
 @asynccontextmanager

@@ -25,10 +25,11 @@ from clawtrio import Engine, open_engine
 from clawtrio.testing import FakeRuntime
 from tests.conftest import CHECKS
 from tests.e2e.conftest import Site
+from tests.upstream import open_api, write_env
 
 from . import agent, fake
 from .callers import Tally, carry_out
-from .hosts import dispatch, kill_host, sweep_up
+from .hosts import dispatch, echo, kill_host, sweep_up
 from .measures import Measures, measure, more
 from .plans import MAX_FRAME_BYTES, Plan, draw
 
@@ -124,10 +125,13 @@ class Soak:
         beside = chance.choice(("dispatcher", "killed host", "nothing"))
         name = chance.choice(self.runtimes)
         moment = chance.uniform(0, 5)
+        stdin = chance.choice(("lifeline", "lifeline", "eof"))
         self._closing = False
         async with trio.open_nursery() as outliving, AsyncExitStack() as stack:
+            api = await stack.enter_async_context(open_api(echo))
+            write_env(self.site.root, api.port)
             engines = {
-                name: await stack.enter_async_context(self.open_engine(name))
+                name: await stack.enter_async_context(self.open_engine(name, stdin))
                 for name in self.runtimes
             }
             async with trio.open_nursery() as nursery:
@@ -157,13 +161,14 @@ class Soak:
             engine = engines[plan.runtime]
             await carry_out(plan, engine, folder, self.tally, lambda: self._closing)
 
-    def open_engine(self, name: str) -> AbstractAsyncContextManager[Engine]:
+    def open_engine(self, name: str, stdin: str) -> AbstractAsyncContextManager[Engine]:
         """Open an engine with that runtime on the root."""
         site = attrs.evolve(self.site, runtime="bwrap" if name == "fake" else name)
         python = sys.executable if name == "bwrap" else "python3"
         source = f"# {site.token}\n" + Path(agent.__file__).read_text()
         settings = site.settings(
             agent_command=(python, "-c", source),
+            stdin=stdin,
             idle_timeout=2,
             command_timeout=20,
             max_frame_bytes=MAX_FRAME_BYTES,

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,8 +107,8 @@ class Agent:
     def act(self, step: Step) -> None:
         """Do a step."""
         kind, *more = step
-        if kind == "sleep":
-            time.sleep(more[0])
+        if kind in ACTS:
+            ACTS[kind](*more)
         elif kind == "deaf":
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         elif kind == "fork":
@@ -118,12 +119,8 @@ class Agent:
         elif kind == "stay":
             while True:
                 time.sleep(60)
-        elif kind == "exit":
-            os._exit(more[0])
         elif kind == "die":
             os.kill(os.getpid(), signal.SIGKILL)
-        elif kind == "flaky":
-            fail_once(Path("/workspace/group", more[0]))
         else:
             self.speak(step)
 
@@ -138,13 +135,31 @@ class Agent:
             self.speak(["say", 10])
 
 
-def fail_once(mark: Path) -> None:
+def ask(size: int) -> None:
+    """Have the API say what it is told."""
+    body = os.urandom(size)
+    url, key = (os.environ[f"ANTHROPIC_{name}"] for name in ("BASE_URL", "API_KEY"))
+    request = urllib.request.Request(f"{url}/v1/messages", body, {"x-api-key": key})
+    with urllib.request.urlopen(request, timeout=60) as response:
+        assert response.read() == body
+
+
+def fail_once(mark: str) -> None:
     """Leave with an error, unless that was done before."""
     try:
-        mark.touch(exist_ok=False)
+        Path("/workspace/group", mark).touch(exist_ok=False)
     except FileExistsError:
         return
     os._exit(1)
+
+
+#: Steps that are no more than this.
+ACTS: dict[str, Callable[..., None]] = {
+    "sleep": time.sleep,
+    "ask": ask,
+    "flaky": fail_once,
+    "exit": os._exit,
+}
 
 
 def main() -> None:

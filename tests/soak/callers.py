@@ -24,6 +24,7 @@ from clawtrio import (
     Run,
     RunClosedError,
     RunResult,
+    Usage,
 )
 from clawtrio._runtimes import LABEL_RUN
 from tests.e2e.conftest import Process, processes
@@ -217,6 +218,11 @@ class Talk:
             yield f"{result.dropped_frames} frames dropped, not {plan.dropped}"
         if len(self.heard) < plan.outputs:
             yield f"lost: {plan.outputs} in the plan, {len(self.heard)} received"
+        if plan.runtime != "fake":  # that has no way to the API
+            usage = result.usage or Usage()
+            counted = (usage.requests, usage.request_bytes, usage.response_bytes)
+            if counted != plan.asked:
+                yield f"asked {plan.asked}, counted {usage}"
 
     def counted(self) -> Counted:
         """Return what the agent has counted."""

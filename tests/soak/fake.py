@@ -1,4 +1,7 @@
-"""The agent as a task of the engine's process: it has no signals and no children."""
+"""The agent as a task of the engine's process.
+
+It has no signals, no children, and no way to the API.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +73,7 @@ class _Fake:
             await self.listen()
         elif kind == "flaky":
             return self.fail_once(more[0])
-        elif kind not in {"deaf", "fork"}:
+        elif kind not in {"ask", "deaf", "fork"}:
             await self.speak(step)
         return None
 

@@ -1,4 +1,4 @@
-"""Bots that a soak has beside its plain runs."""
+"""What a soak has beside its plain runs: other bots, and an API."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from clawtrio import (
     open_engine,
 )
 from tests.e2e.conftest import HERE, STUBBORN, Site, wait_until
+from tests.upstream import Call
 
 from .callers import Tally
 
@@ -123,6 +124,17 @@ async def kill_host(site: Site, chance: random.Random, tally: Tally) -> None:
             await trio.sleep(1)
     where = f"host killed after {moment:.2f} s ({site.runtime})"
     tally.problems.append(f"{where}: left {left}")
+
+
+async def echo(call: Call) -> None:
+    """Answer as an API that has nothing of its own to say, in two pieces."""
+    body = await call.read()
+    half = len(body) // 2
+    await call.head(200, [("content-length", str(len(body)))])
+    await call.send(body[:half])
+    await trio.sleep(len(body) % 100 / 1000)
+    await call.send(body[half:])
+    await call.end()
 
 
 async def sweep_up(sites: Sequence[Site]) -> None:

@@ -39,6 +39,7 @@ STEPS: Final = {
     "oversize": 1,
     "noise": 5,
     "complain": 5,
+    "ask": 5,
     "sleep": 8,
 }
 LAST_STEPS: Final = {
@@ -140,6 +141,12 @@ class Plan:
         return sum(kind in bad for kind, *_ in self.steps)
 
     @property
+    def asked(self) -> tuple[int, int, int]:
+        """How many requests there are, bytes of theirs, and bytes of the answers."""
+        sizes = [step[1] for step in self.steps if step[0] == "ask"]
+        return len(sizes), sum(sizes), sum(sizes)
+
+    @property
     def outputs(self) -> int:
         """How many outputs there are before the last step."""
         return sum(kind in NUMBERED for kind, *_ in self.steps)
@@ -185,7 +192,7 @@ def _steps(chance: random.Random) -> list[Step]:
             more = [round(chance.uniform(0, 0.3), 3)]
         elif kind == "oversize":
             more = [MAX_FRAME_BYTES + chance.randint(0, MAX_FRAME_BYTES)]
-        elif kind in {"say", "noise", "complain"}:
+        elif kind in {"say", "noise", "complain", "ask"}:
             # Mostly small, sometimes far more than a pipe holds.
             more = [int(math.exp(chance.uniform(0, math.log(MAX_FRAME_BYTES // 2))))]
         steps.append([kind, *more])
