@@ -1715,17 +1715,25 @@ async def test_much_noise_is_no_output_and_no_failure(
 # What a grandchild keeps open.
 
 
-@pytest.mark.parametrize("drain_grace", [2, 0])
+@pytest.mark.parametrize(
+    ("drain_grace", "silence", "number"), [(2, 0, 2), (2, 1.5, 1), (0, 0, 1)]
+)
 async def test_a_pipe_that_a_grandchild_holds_open_is_read_for_drain_grace(
-    drain_grace: float, tmp_path: Path, autojump_clock: MockClock
+    drain_grace: float,
+    silence: float,
+    number: int,
+    tmp_path: Path,
+    autojump_clock: MockClock,
 ) -> None:
     """After the exit, what comes within drain_grace is an output; then it is over."""
+    texts = ["grandchild", "grandchild again", "too late"]
 
     async def agent(container: OwnContainer) -> None:
         await container.agent_stdout.send_all(frame("child"))
         container.exit(0, close=False)
+        await trio.sleep(silence)
         with suppress(trio.BrokenResourceError):
-            for text in ("grandchild", "grandchild again", "too late"):
+            for text in texts:
                 await container.agent_stdout.send_all(frame(text))
                 await trio.sleep(1.5)
 
@@ -1736,7 +1744,7 @@ async def test_a_pipe_that_a_grandchild_holds_open_is_read_for_drain_grace(
         seen = [output.result async for output in run]
         await trio.sleep(5)
 
-    assert seen == ["child", "grandchild", "grandchild again"][: 2 + (drain_grace > 0)]
+    assert seen == ["child", *texts[:number]]
     assert run.result.ending is Ending.EXITED
     assert run.result.duration == pytest.approx(drain_grace)
 

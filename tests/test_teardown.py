@@ -534,7 +534,9 @@ async def test_a_janitor_that_cannot_finish_says_what_is_left(
     assert len(errors) == 1
     assert "1f" in errors[0]
     assert "fake" in errors[0]
-    assert not any("\n" in record.getMessage() for record in caplog.records)
+    messages = [record.getMessage() for record in caplog.records]
+    assert ("janitor: fake does not answer" in messages) == (hangs in acts.values())
+    assert not any("\n" in message for message in messages)
 
 
 async def test_what_is_left_is_called_by_its_name(
