@@ -36,8 +36,10 @@ START: Final = b"---NANOCLAW_OUTPUT_START---"
 END: Final = b"---NANOCLAW_OUTPUT_END---"
 
 _CORE: Final = b"NANOCLAW_OUTPUT_"
-#: How far into a marker _CORE stands.
-_LEAD: Final = len(b"---")
+_START_CORE: Final = _CORE + b"START"
+#: What stands in front of its core, and how much of it.
+_DASHES: Final = b"---"
+_LEAD: Final = len(_DASHES)
 #: The longest part of a marker that may have to wait for its other part.
 _PART: Final = len(START) - 1
 #: Newlines that no marker follows.
@@ -200,7 +202,7 @@ class MarkerParser:
         Returns:
             Where its body begins; outside, where what is to be kept begins.
         """
-        while (start := text.find(START, at)) >= 0:
+        while (start := _find_start(text, at)) >= 0:
             self._fallback = None
             at = start
             if start >= self._no_run and text.startswith(_PLAIN, start):
@@ -362,19 +364,29 @@ class _LastLine:
         return decode_output(self.line) if size <= self._max_bytes else None
 
 
+def _find_start(text: _Text, at: int) -> int:
+    """Do what ``text.find(START, at)`` does, and fast in text full of dashes too."""
+    while (core := text.find(_START_CORE, at + _LEAD)) >= 0:
+        at = core - _LEAD
+        if text.startswith(START, at):
+            return at
+        at = core
+    return -1
+
+
 def _held(text: _Text, begin: int) -> int:
     """Find what may be the beginning of a marker, at the end of *text*.
 
     Returns:
         Where it is, not in front of *begin*; the length of *text* if there is none.
     """
-    at = text.find(b"-", max(begin, len(text) - _PART))
-    while at >= 0:
-        part = text[at:]
-        if START.startswith(part) or END.startswith(part):
-            return at
-        at = text.find(b"-", at + 1)
-    return len(text)
+    end = text[max(begin, len(text) - _PART) :]
+    # It begins where dashes and a letter are, or it is dashes, as many as there can be.
+    named = end.rfind(_DASHES + _CORE[:1])
+    part = end[named:]
+    if named < 0 or not (START.startswith(part) or END.startswith(part)):
+        part = end[len(end.rstrip(b"-")) :][:_LEAD]
+    return len(text) - len(part)
 
 
 def _frame(body: memoryview) -> AgentOutput | DroppedFrame:
