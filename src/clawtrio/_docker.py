@@ -315,7 +315,10 @@ class DockerRuntime:
         return found
 
     async def remove(self, container_id: str) -> None:
-        answer = await self._ask(*self._flavour.remove, container_id)
+        *before, remove = self._flavour.remove
+        for command in before:
+            await self._ask(*command, container_id)
+        answer = await self._ask(*remove, container_id)
         if answer.code and not _GONE.search(answer.stderr):
             raise self._flavour.unavailable(answer.message)
 

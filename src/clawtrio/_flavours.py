@@ -96,7 +96,7 @@ class Flavour:
         tmpfs: Options of every tmpfs.
         tmpfs_owned: Options by which a tmpfs is the agent's own.
         label: How a template of ``ps`` reads a label.
-        remove: The command that kills and removes.
+        remove: The commands that kill and remove; only the last one has to succeed.
         read_info: Reads what ``info`` answers.
         network_options: Options of ``network create``, by which the containers of an
             open network do not reach each other; a name goes into them.
@@ -117,7 +117,7 @@ class Flavour:
     tmpfs: str
     tmpfs_owned: str
     label: str
-    remove: tuple[str, ...]
+    remove: tuple[tuple[str, ...], ...]
     read_info: Callable[[Any], EngineInfo]
     network_options: tuple[str, ...]
     network_sysctl: str = ""
@@ -147,7 +147,7 @@ DOCKER: Final = Flavour(
     tmpfs_owned="uid={uid},gid={gid}",
     label='.Label "{}"',
     # -v: with the anonymous volumes of a foreign image.
-    remove=("rm", "-f", "-v"),
+    remove=(("rm", "-f", "-v"),),
     read_info=_read_docker_info,
     # One for an engine: Docker's default addresses are for some thirty networks.
     network_options=(
@@ -179,8 +179,9 @@ PODMAN: Final = Flavour(
     tmpfs="rw,nosuid,nodev,exec,notmpcopyup",
     tmpfs_owned="U",
     label='index .Labels "{}"',
+    # Before 4.4, rm forgets one that somebody has begun to stop, and lets it live.
     # Without -t it waits ten seconds for a SIGTERM to work.
-    remove=("rm", "-f", "-v", "-t", "0"),
+    remove=(("kill",), ("rm", "-f", "-v", "-t", "0")),
     read_info=_read_podman_info,
     # It has no icc: containers of one network always reach each other. Its own name
     # service would be one more thing to reach.

@@ -177,8 +177,9 @@ def house(tmp_path: Path, flavour: Flavour) -> Iterator[House]:
         if not left:
             return
         time.sleep(0.1)
-    remove = [*flavour.remove, *left]
-    subprocess.run([flavour.name, *remove], check=False, capture_output=True)
+    for command in flavour.remove:
+        remove = [flavour.name, *command, *left]
+        subprocess.run(remove, check=False, capture_output=True)
     pytest.fail(f"left behind: {left}")
 
 

@@ -158,6 +158,23 @@ async def test_find_and_remove(runtime: DockerRuntime, house: House) -> None:
     assert container.start_failure(result.code, result.stderr) is None
 
 
+async def test_what_is_being_stopped_can_be_removed(
+    runtime: DockerRuntime, house: House
+) -> None:
+    """Its process ends too, though whoever was to stop it has gone."""
+    spec = house.spec(STUBBORN)
+    with trio.fail_after(30):
+        container = await runtime.start(spec)
+        assert await read_line(container.stdout) == "ready"
+        with trio.move_on_after(1) as stopping:
+            await container.stop(20)
+        assert stopping.cancelled_caught
+        (found,) = await runtime.find(spec.labels)
+        await runtime.remove(found.id)
+
+        assert (await finish(container)).code == 137
+
+
 async def test_client_killed_alone(runtime: DockerRuntime, house: House) -> None:
     """Without its client the agent reads end of file, and leaves."""
     spec = house.spec(LIFELINE)
