@@ -589,7 +589,7 @@ def failing(code: int, stderr: bytes, stdout: bytes = b"") -> FakeAgent:
         (b"\xff" * 5 + b"z", "\ufffd" * 5 + "z"),
     ],
 )
-@pytest.mark.parametrize("max_log_bytes", [1, 100, 2**20])
+@pytest.mark.parametrize("max_log_bytes", [1, 100, 500, 2**20])
 async def test_another_code_has_failed_and_stderr_says_why(
     stderr: bytes,
     quoted: str,
@@ -600,12 +600,29 @@ async def test_another_code_has_failed_and_stderr_says_why(
     """The error quotes the last 200 characters of stderr, whatever the log keeps."""
     agent = failing(3, stderr)
 
-    _, result = await talk(tmp_path, agent, max_log_bytes=max_log_bytes)
+    async with (
+        engine_of(tmp_path, agent, max_log_bytes=max_log_bytes) as engine,
+        engine.open_run(GROUP, "Hi", chat_jid=JID) as run,
+    ):
+        result = await run.wait()
 
     error = f"Container exited with code 3: {quoted}"
     assert outcome(result) == (Ending.FAILED, "error", error, 0)
     assert result.exit_code == 3
     assert result.stderr_truncated == (len(stderr) > max_log_bytes)
+    assert len(run._last_stderr) == min(len(stderr), 4096)
+
+
+@pytest.mark.parametrize("size", [499, 500, 501])
+async def test_what_the_log_cannot_keep_of_stdout_is_truncated(
+    size: int, tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    """As many bytes as max_log_bytes are whole."""
+    agent = scripted_agent(b"x" * size, exit_code=0)
+
+    _, result = await talk(tmp_path, agent, max_log_bytes=500)
+
+    assert result.stdout_truncated == (size > 500)
 
 
 async def test_a_failure_after_the_answer_has_nothing_to_retry(
@@ -1778,6 +1795,24 @@ async def test_the_callback_does_not_count_for_the_drain(
     assert outcome(result) == (Ending.EXITED, "success", None, 100_002)
 
 
+async def test_a_grandchild_that_floods_does_not_hold_a_run_up(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    """Of a pipe that is always full, so much is read after the exit, and no more."""
+
+    async def agent(container: OwnContainer) -> None:
+        container.exit(0, close=False)
+        with suppress(trio.BrokenResourceError):
+            while True:
+                await container.agent_stdout.send_all(b"x" * 999_983)
+
+    async with engine_on(tmp_path, OwnRuntime(agent), drain_grace=0) as engine:
+        result = await engine.run(GROUP, "Hi", chat_jid=JID)
+
+    assert result.ending is Ending.EXITED
+    assert result.duration == 0
+
+
 async def test_stderr_that_is_held_open_is_drained_too(
     tmp_path: Path, autojump_clock: MockClock
 ) -> None:
@@ -1829,6 +1864,57 @@ async def test_an_exit_just_before_the_deadline_is_an_exit(
         result = await engine.run(GROUP, "Hi", chat_jid=JID, single_turn=False)
 
     assert outcome(result) == (Ending.EXITED, "success", None, 201)
+
+
+async def test_a_deadline_that_is_moved_as_it_passes_has_moved(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    """Who is told to leave in the very moment in which it would be stopped may leave."""
+    endings = set()
+    async with engine_of(tmp_path, echoing()) as engine, trio.open_nursery() as nursery:
+        # Which of the two comes first is a matter of chance.
+        for _ in range(20):
+            start = partial(engine.run, single_turn=False, chat_jid=JID)
+            run = await nursery.start(start, GROUP, "Hi")
+            await trio.sleep(100)
+            run.finish()
+            endings.add((await run.wait()).ending)
+
+    assert endings == {Ending.EXITED, Ending.IDLE}
+
+
+async def test_a_deadline_that_passes_unseen_has_passed(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    """An application that blocks the loop gives the agent no more time than that."""
+    async with (
+        engine_of(tmp_path, scripted_agent()) as engine,
+        engine.open_run(GROUP, "Hi", chat_jid=JID) as run,
+    ):
+        await trio.sleep(50)
+        autojump_clock.jump(1000)
+        result = await run.wait()
+
+    assert result.ending is Ending.TIMED_OUT
+    assert result.duration == 1050
+
+
+async def test_a_run_of_a_cancelled_engine_has_a_result(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    """It is seen through to its end, and its log is written."""
+    with trio.move_on_after(50):
+        async with (
+            engine_of(tmp_path, scripted_agent(frame())) as engine,
+            engine.open_run(GROUP, "Hi", chat_jid=JID) as run,
+        ):
+            assert run.pending == (0,)
+            await anext(run)
+            assert run.pending == ()
+            await trio.sleep_forever()
+
+    assert run.result.ending is Ending.STOPPED
+    assert run.result.log_path.exists()
 
 
 # Whatever an agent and its caller do.
