@@ -441,6 +441,14 @@ def test_nothing_is_kept_outside_a_frame() -> None:
     assert parser.buffered == len(START) - 1
 
 
+def test_what_is_kept_counts_the_last_line() -> None:
+    """It is kept until START is seen, beside what may become START."""
+    parser = MarkerParser()
+    parser.feed(b"a line\nabc" + START[:5])
+
+    assert parser.buffered == len(b"abc") + 2 * len(START[:5])
+
+
 @attrs.define
 class Work:
     """What a parser did: calls of any function, and bytes that were decoded."""
@@ -509,17 +517,18 @@ def test_work_is_linear(before: bytes, noise: bytes, chunk: int) -> None:
     assert much.decoded <= 3 * len(data)
 
 
-def test_a_large_output_is_searched_once() -> None:
-    """In many little reads, with newlines or without, no byte is searched again."""
+def test_a_large_output_is_searched_and_copied_once() -> None:
+    """In many little reads, with newlines or without, no byte is dealt with again."""
     parser = MarkerParser()
-    parser.feed(START)
-    fed = 0
+    parser.feed(START + b"x" * 500)
+    body = parser._buffer
 
-    for _ in range(200):
+    for fed in range(500, 100_000, 500):
         parser.feed(b"x" * 499)
         parser.feed(b"\n")
-        fed += 500
         assert parser._seek > fed - len(START)
+        # Nor is it copied.
+        assert parser._buffer is body
 
 
 NODE = """

@@ -613,6 +613,17 @@ async def test_another_code_has_failed_and_stderr_says_why(
     assert len(run._last_stderr) == min(len(stderr), 4096)
 
 
+@pytest.mark.parametrize("code", [128 + 11, -11])
+async def test_a_crash_is_a_failure_but_no_lack_of_memory(
+    code: int, tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    """Nor an ordinary end, if a runtime tells of signals as Python does."""
+    _, result = await talk(tmp_path, failing(code, b"oh"))
+
+    error = f"Container exited with code {code}: oh"
+    assert outcome(result) == (Ending.FAILED, "error", error, 0)
+
+
 @pytest.mark.parametrize("size", [499, 500, 501])
 async def test_what_the_log_cannot_keep_of_stdout_is_truncated(
     size: int, tmp_path: Path, autojump_clock: MockClock
@@ -1869,7 +1880,7 @@ async def test_an_exit_just_before_the_deadline_is_an_exit(
 async def test_a_deadline_that_is_moved_as_it_passes_has_moved(
     tmp_path: Path, autojump_clock: MockClock
 ) -> None:
-    """Who is told to leave in the very moment in which it would be stopped may leave."""
+    """Who is told to leave in the moment in which it would be stopped may leave."""
     endings = set()
     async with engine_of(tmp_path, echoing()) as engine, trio.open_nursery() as nursery:
         # Which of the two comes first is a matter of chance.
@@ -1908,11 +1919,12 @@ async def test_a_run_of_a_cancelled_engine_has_a_result(
             engine_of(tmp_path, scripted_agent(frame())) as engine,
             engine.open_run(GROUP, "Hi", chat_jid=JID) as run,
         ):
-            assert run.pending == (0,)
+            pending = [run.pending]
             await anext(run)
-            assert run.pending == ()
+            pending.append(run.pending)
             await trio.sleep_forever()
 
+    assert pending == [(0,), ()]
     assert run.result.ending is Ending.STOPPED
     assert run.result.log_path.exists()
 
