@@ -98,6 +98,46 @@ def test_what_is_sure_is_told_at_once(chunks: list[bytes], limit: int) -> None:
             assert events == MarkerParser(max_frame_bytes=limit).feed(so_far)
 
 
+MORE = b" and more, on the same line, than a marker is long"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        START + b"\n" + END + MORE + b"\n" + framed(HI),
+        START + b"\n{\n" + END + MORE + b"\n" + framed(HI),
+        START + b"\n\n" + HI + b"\n" + END + MORE + b"\n",
+        START + b"\nx\n" + HI + END + b"\r\n" + MORE,
+        START + b"\nno\t" + END + b"\n" + HO + b"\n" + END,
+        START + b"\n" + HI + b"\t" + END + b"!\n" + HO + b"\n" + END,
+        framed(HI) + framed(HO)[:-1] + b"-" + framed(HI),
+        b"x\n" + HI + b" \r\n\n",
+        b" \n " + HI,
+        HI + b"\n--" + START[:-1],
+    ],
+)
+@pytest.mark.parametrize("limit", [len(HI) + 3, 2**20])
+def test_a_stream_may_be_cut_anywhere(data: bytes, limit: int) -> None:
+    """In two places: what comes of it is the same, and each event as soon as it can."""
+    told = []
+    for size in range(len(data) + 1):
+        told.append(MarkerParser(max_frame_bytes=limit).feed(data[:size]))
+        events, last = parse([data[:size]], limit)
+        assert events == oracle.events(data[:size], limit)
+        assert last == oracle.last_line(data[:size], limit)
+    whole = parse([data], limit)
+
+    for second in range(len(data) + 1):
+        for first in range(second + 1):
+            parser = MarkerParser(max_frame_bytes=limit)
+            events = parser.feed(data[:first])
+            events += parser.feed(data[first:second])
+            assert events == told[second]
+            events += parser.feed(data[second:])
+            assert events == told[-1]
+            assert ([*events, *parser.close()], parser.last_line()) == whole
+
+
 @pytest.mark.parametrize("more", [0, 1])
 def test_the_usual_limit_is_16_mib(more: int) -> None:
     """What is larger by a byte is too large."""
@@ -213,9 +253,10 @@ def test_start_at_the_start_of_a_line_ends_a_frame_and_opens_another() -> None:
 @pytest.mark.parametrize("line_end", [b"\n", b"\r\n"])
 def test_an_acceptable_line_with_end_ends_a_frame(line_end: bytes) -> None:
     """END need not have its own line behind an output."""
-    data = START + b"\nnoise\n" + HI + END + line_end + b"noise\n" + framed(HO)
+    data = START + b"\nnoise\n" + HI + END + line_end + b"noise\n"
 
-    assert events_of(data) == [HI_OUTPUT, HO_OUTPUT]
+    assert MarkerParser().feed(data) == [HI_OUTPUT]
+    assert events_of(data + framed(HO)) == [HI_OUTPUT, HO_OUTPUT]
 
 
 @pytest.mark.parametrize("after", [b"x\n", b" \n", b"\r\r\n", b"\rx\n", END + b"\n"])
@@ -393,6 +434,20 @@ def test_the_last_line_of_an_agent_without_markers(
         assert parse(chunks, limit)[1] == output
 
 
+@pytest.mark.parametrize("before", [b"", b"x\n"])
+@pytest.mark.parametrize("after", [b"", b"\r", b"\r\n", b"\n \n"])
+def test_the_last_line_is_as_large_as_the_limit(before: bytes, after: bytes) -> None:
+    """Blanks count, however they come; a carriage return at its end does not."""
+    limit = len(HI) + 3
+    for lead in range(5):
+        for trail in range(5):
+            stream = before + b" " * lead + HI + b" " * trail + after
+            output = HI_OUTPUT if lead + trail <= 3 else None
+            assert oracle.last_line(stream, limit) == output
+            for cut in range(len(stream)):
+                assert parse([stream[:cut], stream[cut:]], limit)[1] == output
+
+
 @pytest.mark.parametrize(
     "noise",
     [
@@ -409,7 +464,7 @@ def test_the_last_line_of_an_agent_without_markers(
         b"x" + END + b"\n",
     ],
 )
-@pytest.mark.parametrize("before", [b"", START, b"\n" + START + b"\n"])
+@pytest.mark.parametrize("before", [b"", START, b"\n" + START + b"\n", START + b"\n{"])
 def test_what_is_kept_is_bounded(before: bytes, noise: bytes) -> None:
     """Endless noise, or a frame without end, costs no more than the limit."""
     limit = 20_000
