@@ -381,11 +381,11 @@ def _held(text: _Text, begin: int) -> int:
         Where it is, not in front of *begin*; the length of *text* if there is none.
     """
     end = text[max(begin, len(text) - _PART) :]
-    # It begins where dashes and a letter are, or it is dashes, as many as there can be.
-    named = end.rfind(_DASHES + _CORE[:1])
-    part = end[named:]
-    if named < 0 or not (START.startswith(part) or END.startswith(part)):
-        part = end[len(end.rstrip(b"-")) :][:_LEAD]
+    at = end.rfind(_DASHES)
+    part = end[at:]
+    if at < 0 or not (START.startswith(part) or END.startswith(part)):
+        # There are less than three.
+        part = end[len(end.rstrip(b"-")) :]
     return len(text) - len(part)
 
 
