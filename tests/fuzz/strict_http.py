@@ -17,9 +17,10 @@ _TOKEN: Final = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _REQUEST_LINE: Final = re.compile(rb"(%b) (/[!-~]*) HTTP/1\.1" % _TOKEN)
 _STATUS_LINE: Final = re.compile(rb"HTTP/1\.1 ([2-9][0-9]{2}) [^\r\n]*")
 _FIELD: Final = re.compile(rb"(%b):[ \t]*([^\x00\r\n]*?)[ \t]*" % _TOKEN)
-_CHUNK: Final = re.compile(rb"([0-9A-Fa-f]{1,20})[ \t]*(;[^\x00\r\n]*)?\r\n")
+#: Nothing of an extension goes on: what is in it is all one.
+_CHUNK: Final = re.compile(rb"([0-9A-Fa-f]{1,20})[ \t]*(;[^\n]*?)?\r\n")
 _LENGTH: Final = re.compile(rb"[0-9]{1,20}")
-#: Nothing of a trailer goes on: how its lines end is all one.
+#: Nor of a trailer: how its lines end is all one.
 _TRAILERS: Final = re.compile(rb"(%b:[^\x00\r\n]*\r?\n)*\r?\n" % _TOKEN)
 
 
@@ -33,7 +34,7 @@ class IncompleteError(AmbiguousError):
 
 @attrs.frozen
 class Message:
-    """A request, or a response; names of headers are in lower case."""
+    """A request, or a response; names are in lower case, of codings too."""
 
     start: tuple[bytes, ...]
     headers: _Headers
@@ -96,15 +97,17 @@ def _read_head(
     fields = [_FIELD.fullmatch(line) for line in lines]
     if start is None or None in fields:
         raise AmbiguousError("a line of the head is none")
-    headers = tuple((f[1].lower(), f[2]) for f in fields if f)
-    return start.groups(), headers, end + len(b"\r\n\r\n")
+    headers = [(field[1].lower(), field[2]) for field in fields if field]
+    codings = b"transfer-encoding"
+    folded = ((n, value.lower() if n == codings else value) for n, value in headers)
+    return start.groups(), tuple(folded), end + len(b"\r\n\r\n")
 
 
 def _read_body(
     data: bytes, at: int, headers: _Headers, otherwise: bytes
 ) -> tuple[bytes, int]:
     """Read a body; *otherwise* is its length, if no header says how it ends."""
-    codings = [value.lower() for name, value in headers if name == b"transfer-encoding"]
+    codings = [value for name, value in headers if name == b"transfer-encoding"]
     lengths = [value for name, value in headers if name == b"content-length"]
     if codings == [b"chunked"] and not lengths:
         return _read_chunks(data, at)
