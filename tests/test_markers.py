@@ -448,6 +448,11 @@ def test_the_last_line_is_as_large_as_the_limit(before: bytes, after: bytes) -> 
                 assert parse([stream[:cut], stream[cut:]], limit)[1] == output
 
 
+def test_blanks_of_an_earlier_line_do_not_count() -> None:
+    """They came in a read of their own, as its end did."""
+    assert parse([b"  ", b"x\n", HI], len(HI))[1] == HI_OUTPUT
+
+
 @pytest.mark.parametrize(
     "noise",
     [
