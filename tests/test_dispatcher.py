@@ -24,6 +24,7 @@ from clawtrio import (
     Engine,
     Group,
     MemoryStore,
+    Run,
     RunResult,
     RuntimeUnavailableError,
     ScheduledTask,
@@ -1011,6 +1012,27 @@ async def test_one_can_wait_until_all_is_answered(
         dispatcher.stop("b")
         await dispatcher.wait_idle()
         assert [messages for _, _, messages, _ in bot.failed] == [("4",)]
+
+
+async def test_a_message_that_is_being_sent_is_not_forgotten(
+    tmp_path: Path, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is still to be answered, also if its run ends in that moment."""
+    send = Run.send
+
+    async def late(run: Run, text: str) -> None:
+        run.finish()
+        while dispatcher.statistics().runs:  # noqa: ASYNC110 - nobody tells us
+            await trio.lowlevel.checkpoint()
+        await send(run, text)
+
+    monkeypatch.setattr(Run, "send", late)
+    async with bot_of(tmp_path, answer_at_once) as (dispatcher, bot):
+        for text in ("1", "2"):
+            await dispatcher.submit("a", text)
+            await dispatcher.wait_idle()
+
+        assert bot.texts == ["re: 1", "re: 2"]
 
 
 async def test_stop_is_heard_while_all_ends(

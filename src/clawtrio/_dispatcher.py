@@ -399,9 +399,11 @@ class Dispatcher:
             for lane, message in self._queue.to_send(now):
                 job = self._jobs.get(lane.chat_jid)
                 # While others were sent, this one may have been given up, or its run.
-                if job and job.run and message in lane.messages and not lane.alone:
+                if not (job and job.run and message in lane.messages) or lane.alone:
+                    continue
+                # It waits until it is sent: its run may end meanwhile.
+                if await self._send(job, job.run, message):
                     lane.remove([message])
-                    await self._send(job, job.run, message)
             for lane in self._queue.to_finish(now):
                 self._finish(self._jobs[lane.chat_jid])
             with trio.move_on_after(self._queue.next_due(now) - now):
@@ -412,18 +414,18 @@ class Dispatcher:
         job = self._jobs[lane.chat_jid] = _Job(lane, batch)
         self._nursery.start_soon(self._serve, job)
 
-    async def _send(self, job: _Job, run: Run, message: Message) -> None:
-        """Put a message into a live run; if it does not fit, let it wait."""
+    async def _send(self, job: _Job, run: Run, message: Message) -> bool:
+        """Put a message into a live run; tell whether it fits."""
         try:
             await run.send(message.text)
         except (RunClosedError, FollowUpRefusedError) as exc:
             log.info("cannot send to %s: %s", run, exc)
             job.lane.alone = True
-            job.lane.add([message])
-        else:
-            job.give(message)
-            if job.lane.state is RunState.IDLE:
-                job.lane.state = RunState.WORKING
+            return False
+        job.give(message)
+        if job.lane.state is RunState.IDLE:
+            job.lane.state = RunState.WORKING
+        return True
 
     def _finish(self, job: _Job) -> None:
         job.lane.state = RunState.LEAVING
@@ -461,7 +463,8 @@ class Dispatcher:
                 single_turn=first.task_id is not None,
             ) as run:
                 for message in others:
-                    await self._send(job, run, message)
+                    if not await self._send(job, run, message):
+                        job.lane.add([message])
                 job.run = run
                 if job.stopped:
                     run.stop()
