@@ -204,7 +204,6 @@ class MarkerParser:
         """
         while (start := _find_start(text, at)) >= 0:
             self._fallback = None
-            at = start
             if start >= self._no_run and text.startswith(_PLAIN, start):
                 stop = start + self._longest
                 if text.find(b"\n", start + len(_PLAIN), stop) >= 0:
