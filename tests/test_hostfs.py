@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -616,6 +617,36 @@ def test_a_tree_is_copied_over_whatever_is_there(
     assert len(trash.names()) == 1
     expected = 1000 if os.geteuid() == 0 else os.geteuid()
     assert (target / "sub" / "tool").stat().st_uid == expected
+
+
+@pytest.mark.parametrize("before", ["stat", "open"])
+def test_what_goes_away_meanwhile_is_not_copied(
+    place: Directory,
+    trash: Directory,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    before: str,
+) -> None:
+    """It is left out, not copied as if it were empty; the rest is copied."""
+    source = tmp_path / "source"
+    (source / "directory").mkdir(parents=True)
+    (source / "file").write_text("ours")
+    (source / "staying").write_text("ours")
+    gone = []
+    call = getattr(os, before)
+
+    def late(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name in {"directory", "file"} and name not in gone:
+            gone.append(name)
+            (source / name).rename(tmp_path / name)
+        return call(name, *args, **kwargs)
+
+    with Directory.at(str(source)) as original:
+        monkeypatch.setattr(os, before, late)
+        place.copy_tree(original, trash, Owner(1000, 1000))
+
+    assert gone == ["directory", "file"]
+    assert [path.name for path in Path(place.path).iterdir()] == ["staying"]
 
 
 def test_a_tree_that_is_swapped_meanwhile_is_not_followed(

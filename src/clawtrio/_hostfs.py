@@ -347,6 +347,7 @@ class Directory:
 
         Args:
             source: What to copy. Symlinks are left out: an agent may have made them.
+                So is what goes away meanwhile.
             trash: Where what is of the wrong type here is moved to.
             owner: Whom the copies belong to, where we may decide that.
 
@@ -354,13 +355,17 @@ class Directory:
             UnsafePathError: If a file is too large, or something is swapped meanwhile.
         """
         for name in source.names(None):
-            mode = os.stat(name, dir_fd=source._fd, follow_symlinks=False).st_mode
+            try:
+                status = os.stat(name, dir_fd=source._fd, follow_symlinks=False)
+            except FileNotFoundError:
+                continue
+            mode = status.st_mode
             if stat.S_ISREG(mode):
                 content = source.read(name, limit=_MAX_COPIED_BYTES)
+                if content is None:
+                    continue
                 permissions = 0o755 if mode & stat.S_IXUSR else 0o644
-                self.write(
-                    name, content or b"", trash=trash, owner=owner, mode=permissions
-                )
+                self.write(name, content, trash=trash, owner=owner, mode=permissions)
             elif stat.S_ISDIR(mode) and (inner := source.existing(name)) is not None:
                 with inner, self.subdirectory(name, trash=trash, owner=owner) as child:
                     child.copy_tree(inner, trash, owner)
