@@ -189,6 +189,7 @@ BAD: list[tuple[str, Any]] = [
     ("runtime", None),
     ("image", "a\nb"),
     ("image", ""),
+    ("image", "--privileged"),
     ("agent", "nobody"),
     ("agent_command", "python3 agent.py"),
     ("agent_command", "[]"),

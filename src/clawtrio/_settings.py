@@ -89,6 +89,13 @@ def _text(value: object) -> str:
     raise ValueError(f"must be printable text, not {value!r}")
 
 
+def _image(value: object) -> str:
+    # docker and podman would take it for an option of theirs.
+    if (text := _text(value)).startswith("-"):
+        raise ValueError(f"must be the name of an image, not {value!r}")
+    return text
+
+
 def _path(value: object, base: str = "") -> str:
     """Take a path; a relative one is in *base*, by default the current directory."""
     if not isinstance(value, (str, os.PathLike)):
@@ -295,7 +302,7 @@ class Settings:
     runtime: Literal["auto", "docker", "podman", "bwrap"] = _field(
         _one_of("auto", "docker", "podman", "bwrap"), default="auto"
     )
-    image: str = _field(_text, default="clawtrio-agent:latest")
+    image: str = _field(_image, default="clawtrio-agent:latest")
     agent: Literal["claude", "echo"] = _field(
         _one_of("claude", "echo"), default="claude"
     )
