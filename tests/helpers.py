@@ -6,6 +6,7 @@ import fcntl
 import json
 import socket
 import struct
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -123,6 +124,11 @@ def open_descriptors() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
+def open_threads() -> set[threading.Thread]:
+    """Find this process's threads, but for those that Trio keeps for a while."""
+    return {t for t in threading.enumerate() if not t.name.startswith("Trio thread")}
+
+
 def own_addresses() -> list[str]:
     """List the addresses of this machine."""
     found = []
@@ -175,6 +181,8 @@ class OwnContainer:
         self.agent_stdout, self.stdout = lockstep_stream_one_way_pair()
         self.agent_stderr, self.stderr = lockstep_stream_one_way_pair()
         self.asked: list[str] = []
+        #: Which of this machine's ports a port inside is.
+        self.ports: dict[int, int] = {}
         self._code: int | None = None
         self._exited = trio.Event()
 
@@ -209,9 +217,10 @@ class OwnContainer:
         await self.runtime.behaviour["verify"]()
 
     async def listen(self, port: int) -> trio.SocketListener:
-        """Listen on the test's own loopback, there being no other."""
+        """Listen on this machine's loopback, there being no other, on a free port."""
         await self.runtime.behaviour["listen"]()
-        (listener,) = await trio.open_tcp_listeners(port, host="127.0.0.1")
+        (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        self.ports[port] = listener.socket.getsockname()[1]
         return listener
 
     async def wait(self) -> int:

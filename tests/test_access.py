@@ -261,7 +261,8 @@ async def by_url(container: OwnContainer) -> None:
     host, port = told["ANTHROPIC_BASE_URL"].removeprefix("http://").split(":")
     if not await container.agent_stdin.receive_some(1):
         return
-    async with await trio.open_tcp_stream(host, int(port)) as stream:
+    outside = container.ports.get(int(port), int(port))
+    async with await trio.open_tcp_stream(host, outside) as stream:
         await stream.send_all(request_with(told["ANTHROPIC_API_KEY"]))
         status = (await stream.receive_some()).split()[1].decode()
     result = json.dumps({"status": "success", "result": f"{status} {host}:{port}"})

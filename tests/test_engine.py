@@ -11,7 +11,6 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -62,6 +61,7 @@ from .helpers import (
     hang,
     nothing,
     open_descriptors,
+    open_threads,
     raising,
     settings_for,
 )
@@ -876,7 +876,7 @@ async def test_200_runs_at_once_lose_nothing_and_leave_nothing(
                 await trio.sleep(number % 3)
         return 0
 
-    threads = set(threading.enumerate())
+    threads = open_threads()
     descriptors = open_descriptors()
     tasks = trio.lowlevel.current_statistics().tasks_living
     seen: dict[int, list[str | None]] = {}
@@ -890,7 +890,7 @@ async def test_200_runs_at_once_lose_nothing_and_leave_nothing(
             async for output in run:
                 seen[number].append(output.result)
                 await trio.sleep((number % 5) / 10)
-                assert set(threading.enumerate()) <= threads
+                assert open_threads() <= threads
 
     async with engine_of(tmp_path, agent) as engine:
         within = open_descriptors()
@@ -909,7 +909,7 @@ async def test_200_runs_at_once_lose_nothing_and_leave_nothing(
     await trio.testing.wait_all_tasks_blocked()
     assert trio.lowlevel.current_statistics().tasks_living == tasks
     assert open_descriptors() == descriptors
-    assert set(threading.enumerate()) <= threads
+    assert open_threads() <= threads
 
 
 @pytest.mark.parametrize("stdin", ["lifeline", "eof"])
@@ -928,7 +928,7 @@ async def test_no_run_leaves_anything(
         await trio.testing.wait_all_tasks_blocked()
         before = (
             trio.lowlevel.current_statistics().tasks_living,
-            threading.active_count(),
+            open_threads(),
             open_descriptors(),
         )
         for _ in range(3):
@@ -937,7 +937,7 @@ async def test_no_run_leaves_anything(
         assert await runtime.find({}) == []
         assert before == (
             trio.lowlevel.current_statistics().tasks_living,
-            threading.active_count(),
+            open_threads(),
             open_descriptors(),
         )
         await trio.sleep(60)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
-import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
@@ -15,6 +14,7 @@ import trio
 
 from clawtrio import Run
 from tests.e2e.conftest import Site, descriptors, memory, processes, wait_until
+from tests.helpers import open_threads
 
 #: Seconds until all is quiet: the janitor looks once more, and a client or two go.
 SETTLED_WITHIN: Final = 20.0
@@ -83,10 +83,7 @@ async def measure(sites: Iterable[Site]) -> Measures:
         processes=len({*_descendants(), *(p.pid for s in places for p in s.strays())}),
         descriptors=len(descriptors()),
         tasks=_count_tasks(),
-        threads=sum(
-            not thread.name.startswith("Trio thread")
-            for thread in threading.enumerate()
-        ),
+        threads=len(open_threads()),
         runs=sum(isinstance(thing, Run) for thing in gc.get_objects()),
         files=sum(len(_files(root)) for root in {site.root for site in places}),
         memory=memory("VmRSS") // 2**20,
