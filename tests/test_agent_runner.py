@@ -482,7 +482,9 @@ ctypes.CDLL = Library
         await agent.hang_up()
         await agent.next(3)
         await trio.sleep(0.3)
-        (tmp_path / "1.json").write_bytes(message("on", id=1))
+        path = tmp_path / "1.tmp"
+        path.write_bytes(message("on", id=1))
+        path.rename(path.with_suffix(".json"))
         assert (await agent.next(2))[0] == output("on", answers=1)
 
 
