@@ -462,7 +462,9 @@ async def test_processes_that_vanish(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _bwrap_procs.find_agent(there) is None
 
     # Others come and go between the listing and the look.
-    monkeypatch.setattr(_bwrap_procs, "_pids", lambda: iter([process.pid, os.getpid()]))
+    monkeypatch.setattr(
+        _bwrap_procs, "all_pids", lambda: iter([process.pid, os.getpid()])
+    )
     assert _bwrap_procs.count_tasks(os.getuid()) >= 1
     assert _bwrap_procs.count_tasks(os.getuid() + 1) == 0
     assert _bwrap_procs.find_sandboxes(LABELS) == []
@@ -512,7 +514,7 @@ def test_orphaned_reapers(monkeypatch: pytest.MonkeyPatch) -> None:
     reaper = _bwrap_procs.Process(11, 10, 101, 1, 1)
     pretender = _bwrap_procs.Process(12, 11, 102, 2, 1)
     there = {process.pid: process for process in (outer, reaper, pretender)}
-    monkeypatch.setattr(_bwrap_procs, "_pids", lambda: iter(list(there)))
+    monkeypatch.setattr(_bwrap_procs, "all_pids", lambda: iter(list(there)))
     monkeypatch.setattr(_bwrap_procs, "read_process", there.get)
     monkeypatch.setattr(_bwrap_procs, "_environment", lambda _: ["CLAWTRIO_RUN=a run"])
 
@@ -973,7 +975,7 @@ def test_a_process_that_cannot_be_read_is_gone(
     monkeypatch.setattr(_bwrap_procs, "_read", refuse)
 
     assert _bwrap_procs.read_process(os.getpid()) is None
-    assert _bwrap_procs._environment(os.getpid()) == []
+    assert _bwrap_procs._environment(os.getpid()) == [""]
 
 
 def test_a_lack_of_descriptors_is_nobody_s_end(monkeypatch: pytest.MonkeyPatch) -> None:

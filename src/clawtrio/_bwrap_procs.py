@@ -91,7 +91,7 @@ def read_process(pid: int) -> Process | None:
 
 def find_agent(reaper: Process) -> Process | None:
     """Find the agent below *reaper*; None if it has not started, or has left."""
-    for process in _children(reaper.pid):
+    for process in children_of(reaper.pid):
         if process.inner_pid == _AGENT:
             return process
     return None
@@ -101,7 +101,7 @@ def find_sandboxes(labels: Mapping[str, str]) -> list[FoundContainer]:
     """List the sandboxes whose environment carries *labels*."""
     wanted = {f"{VARIABLES[label]}={value}" for label, value in labels.items()}
     found = {}
-    for pid in _pids():
+    for pid in all_pids():
         if not wanted.issubset(_environment(pid)):
             continue
         # Once more, between two looks at the rest: now it is all of one process.
@@ -127,7 +127,9 @@ def sandbox_of(container_id: str) -> list[Process]:
     process = read_process(int(pid))
     if process is None or process.id != container_id:
         return []
-    reapers = [child for child in _children(process.pid) if child.inner_pid == _REAPER]
+    reapers = [
+        child for child in children_of(process.pid) if child.inner_pid == _REAPER
+    ]
     return [*reapers, process]
 
 
@@ -153,7 +155,7 @@ def signal_process(pidfd: int, number: signal.Signals) -> None:
 def count_tasks(uid: int) -> int:
     """Count the processes and threads that belong to *uid*."""
     total = 0
-    for pid in _pids():
+    for pid in all_pids():
         try:
             values = _values(_read(pid, "status"))
         except OSError:
@@ -163,7 +165,8 @@ def count_tasks(uid: int) -> int:
     return total
 
 
-def _pids() -> Iterator[int]:
+def all_pids() -> Iterator[int]:
+    """Yield the ids of all processes that are to be seen."""
     return (int(path.name) for path in _PROC.iterdir() if path.name.isdecimal())
 
 
@@ -171,9 +174,10 @@ def _read(pid: int, name: str) -> bytes:
     return (_PROC / str(pid) / name).read_bytes()
 
 
-def _children(pid: int) -> Iterator[Process]:
+def children_of(pid: int) -> Iterator[Process]:
+    """Yield the children of *pid*."""
     # /proc/PID/task/PID/children is not in every kernel.
-    for candidate in _pids():
+    for candidate in all_pids():
         process = read_process(candidate)
         if process is not None and process.parent == pid:
             yield process
@@ -183,12 +187,21 @@ def _values(status: bytes) -> dict[bytes, bytes]:
     return dict(line.partition(b":")[::2] for line in status.splitlines())
 
 
+def argv_of(pid: int) -> list[str]:
+    """Read a process's command line; one empty word if it is gone, or the kernel's."""
+    return _words(pid, "cmdline")
+
+
 def _environment(pid: int) -> list[str]:
+    return _words(pid, "environ")
+
+
+def _words(pid: int, name: str) -> list[str]:
     try:
-        return os.fsdecode(_read(pid, "environ")).split("\0")
+        return os.fsdecode(_read(pid, name)).split("\0")
     except OSError as exc:
         if exc.errno in _GONE:
-            return []
+            return [""]
         raise
 
 

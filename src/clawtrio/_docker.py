@@ -23,6 +23,7 @@ from typing import Final
 
 import trio
 
+from ._docker_conmon import end_monitor
 from ._errors import NotStartedError, RuntimeUnavailableError, UnsafePathError
 from ._flavours import HINT, Answer, EngineInfo, Flavour, ask, tidy
 from ._hostfs import check_mountable
@@ -321,6 +322,9 @@ class DockerRuntime:
         answer = await self._ask(*remove, container_id)
         if answer.code and not _GONE.search(answer.stderr):
             raise self._flavour.unavailable(answer.message)
+        if self._flavour.forgets and not await end_monitor(container_id):
+            problem = f"conmon of {container_id} does not end"
+            raise self._flavour.unavailable(problem)
 
     async def _ask(self, *arguments: str) -> Answer:
         try:

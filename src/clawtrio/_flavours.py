@@ -97,6 +97,7 @@ class Flavour:
         tmpfs_owned: Options by which a tmpfs is the agent's own.
         label: How a template of ``ps`` reads a label.
         remove: The commands that kill and remove; only the last one has to succeed.
+        forgets: Whether a container that is removed may leave processes behind.
         read_info: Reads what ``info`` answers.
         network_options: Options of ``network create``, by which the containers of an
             open network do not reach each other; a name goes into them.
@@ -118,6 +119,7 @@ class Flavour:
     tmpfs_owned: str
     label: str
     remove: tuple[tuple[str, ...], ...]
+    forgets: bool = False
     read_info: Callable[[Any], EngineInfo]
     network_options: tuple[str, ...]
     network_sysctl: str = ""
@@ -182,6 +184,7 @@ PODMAN: Final = Flavour(
     # Before 4.4, rm forgets one that somebody has begun to stop, and lets it live.
     # Without -t it waits ten seconds for a SIGTERM to work.
     remove=(("kill",), ("rm", "-f", "-v", "-t", "0")),
+    forgets=True,
     read_info=_read_podman_info,
     # It has no icc: containers of one network always reach each other. Its own name
     # service would be one more thing to reach.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import attrs
@@ -207,6 +208,36 @@ async def test_client_killed_during_create(
                 absent = 0 if found else absent + 1
                 for each in found:
                     await runtime.remove(each.id)
+
+
+def monitors(name: str) -> list[int]:
+    """Find who watches a container of that name: conmon; docker has no such process."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            program, *arguments = path.read_text(errors="replace").split("\0")
+            if program.endswith("conmon") and name in arguments:
+                found.append(int(path.parent.name))
+    return found
+
+
+async def test_client_killed_once_conmon_is_there(
+    runtime: DockerRuntime, house: House
+) -> None:
+    """Podman has not noted yet what it has begun, and yet none of it is left."""
+    with trio.fail_after(60):
+        for _ in range(5):
+            spec = house.spec(STUBBORN)
+            container = await runtime.start(spec)
+            with trio.move_on_after(0.4):
+                while not monitors(spec.name):  # noqa: ASYNC110 - another's
+                    await trio.sleep(0.001)
+            container.kill_client()
+            await finish(container)
+            # Podman may have forgotten the container by now, too.
+            await runtime.remove(spec.name)
+            assert await runtime.find(spec.labels) == []
+            assert monitors(spec.name) == []
 
 
 async def test_verify_gives_up_with_the_client(
